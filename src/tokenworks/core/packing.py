@@ -1,0 +1,125 @@
+"""A view of a model for inference: the same weights, behind tree attention and a faster linear layer.
+
+The user's model is never changed: its module objects are copied, its tensors shared. Two things differ in the
+copy. Attention goes through `tree_attention`, which takes any mask and never repeats keys for grouped queries.
+And where PyTorch has oneDNN, float32 linear layers on the CPU run on weights packed once into oneDNN's blocked
+layout: about 1.3 times as fast for one token and 1.7 times for eight to sixteen, which is just the width that a
+draft tree has. Packing costs a second copy of the linear weights in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+ATTENTION = "tokenworks_tree"
+
+PACK_WIDTH = 16
+"""The number of rows oneDNN is told to expect; a blocked layout chosen for 16 rows also serves 1 and 80."""
+
+
+class PackedLinear(nn.Module):
+    """`x @ weight.T + bias` for float32 on the CPU, on a weight packed into oneDNN's blocked layout.
+
+    Args:
+        weight: float32 [out, in].
+        bias: float32 [out], or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACK_WIDTH)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether this weight can be packed here: float32, on the CPU, and a PyTorch built with oneDNN."""
+    return (
+        weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of T new slots over S cached ones, in the form Hugging Face models call it.
+
+    Args:
+        query: [1, heads, T, d].
+        key, value: [1, kv_heads, S, d].
+        attention_mask: float [1, C, T, S], added to the scores. Channel 0 is for layers that see everything,
+            the last channel for layers with a sliding window.
+
+    Returns:
+        [1, T, heads, d], and None in place of the attention weights.
+    """
+    if s_aux is not None:
+        raise NotImplementedError("attention sinks")
+    batch, heads, width, dim = query.shape
+    kv_heads, length = key.shape[1], key.shape[2]
+    bias = attention_mask[:, 0 if sliding_window is None else -1]
+    # Queries that share a key head are stacked along the rows, so that keys are read once and never copied.
+    rows = query.reshape(batch, kv_heads, heads // kv_heads * width, dim)
+    scores = torch.matmul(rows * (dim**-0.5 if scaling is None else scaling), key.transpose(-1, -2))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    grouped = scores.view(batch, kv_heads, heads // kv_heads, width, length) + bias[:, None, None]
+    weights = torch.softmax(grouped, dim=-1, dtype=torch.float32).to(value.dtype)
+    mixed = torch.matmul(weights.view(batch, kv_heads, -1, length), value)
+    return mixed.view(batch, heads, width, -1).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, tree_attention)
+
+_views: weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple[Any, ...], PreTrainedModel]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def inference_view(model: PreTrainedModel) -> PreTrainedModel:
+    """The view of `model`, made on the first call and kept as long as the model lives.
+
+    Made anew if a weight was replaced or changed in place since: a Session opened after a training step sees
+    the new weights, one opened before it may not.
+    """
+    state = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    kept = _views.get(model)
+    if kept is None or kept[0] != state:
+        kept = (state, _make_view(model))
+        _views[model] = kept
+    return kept[1]
+
+
+def _make_view(model: PreTrainedModel) -> PreTrainedModel:
+    tensors = [*model.parameters(), *model.buffers()]
+    view = copy.deepcopy(model, memo={id(t): t for t in tensors})
+    view.eval()
+    view.set_attn_implementation(ATTENTION)
+    for parent in list(view.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and can_pack(child.weight):
+                setattr(parent, name, PackedLinear(child.weight, child.bias))
+            elif type(child) is Conv1D and can_pack(child.weight):
+                setattr(parent, name, PackedLinear(child.weight.t().contiguous(), child.bias))
+    return view
