@@ -1,7 +1,7 @@
 """Session: one model and its KV cache, extended by chains and token trees, committed and rolled back.
 
     session = Session(model)
-    session.prefill(prompt_ids)
+    first = session.prefill(prompt_ids)                               # logits [V] after the prompt
     logits = session.extend(TokenTree.of([5, 7, 9], [ROOT, 0, 0]))   # [3, V], one forward pass
     session.commit([0, 2])                                            # keep 5 then 9, drop 7
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tokenworks.core.errors import InputError, NumericalError, UnsupportedModelError
+from tokenworks.core.architectures import PROVED, prove_trees, refuse_unsupported, sliding_window
+from tokenworks.core.errors import InputError, NumericalError
 from tokenworks.core.packing import inference_view
 from tokenworks.core.tree import ROOT, TokenTree, TreeShape
 
@@ -26,9 +27,6 @@ PREFILL_CHUNK = 512
 
 FIRST_CAPACITY = 512
 """Cache slots allocated at first; doubled when they run out."""
-
-PROVED = frozenset({"llama", "gemma3_text", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt"})
-"""Architectures whose tree attention the tests prove; any other is checked on its own when first used."""
 
 
 class Session:
@@ -52,7 +50,7 @@ class Session:
         self.model = model
         self.context_limit: int = max_length or context
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        self.window: int | None = _sliding_window(config)
+        self.window: int | None = sliding_window(config)
         self.tokens: list[int] = []
         """Committed token ids."""
         self._view = inference_view(model)
@@ -60,7 +58,7 @@ class Session:
         self._cache = _SlotCache()
         self._forget_pending()
         if config.model_type not in PROVED:
-            _prove_trees(self)
+            prove_trees(self)
 
     @property
     def length(self) -> int:
@@ -73,15 +71,27 @@ class Session:
         return len(self._pending_parents)
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int] | Tensor) -> None:
-        """Commit `tokens` without computing their logits, in chunks."""
+    def prefill(self, tokens: Sequence[int] | Tensor) -> Tensor:
+        """Commit `tokens`, read in chunks, and return only the logits after the last one: float32 [V].
+
+        Raises:
+            InputError: as `extend`; also if slots are pending. Nothing is committed then.
+            NumericalError: the model returned NaN.
+        """
         ids = self._checked_ids(tokens)
         if self.pending:
             raise InputError("prefill: commit or roll back the pending slots first")
+        before = self.length
+        self._check_room(len(ids))
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = ids[start : start + PREFILL_CHUNK]
-            self._forward(TokenTree(chunk, TreeShape.chain(len(chunk))), keep_logits=1)
+            logits = self._forward(TokenTree(chunk, TreeShape.chain(len(chunk))), keep_logits=1)
             self.commit()
+        try:
+            return self._checked_logits(logits[0])[0]
+        except NumericalError:
+            self.rollback(before)
+            raise
 
     @torch.inference_mode()
     def extend(self, tokens: Sequence[int] | Tensor | TokenTree) -> Tensor:
@@ -110,14 +120,11 @@ class Session:
         else:
             ids = self._checked_ids(tokens)
             tree = TokenTree(ids, TreeShape.chain(len(ids), self.pending))
-        logits = self._forward(tree, keep_logits=0)[0].float()
-        # A sum is NaN if any term is; only then is the slower exact test worth its time.
-        if torch.isnan(logits.sum()) and torch.isnan(logits).any():
+        try:
+            return self._checked_logits(self._forward(tree, keep_logits=0)[0])
+        except NumericalError:
             self.rollback()
-            raise NumericalError(
-                "model: it returned NaN logits. Check its weights, or load it in float32 if it runs in float16."
-            )
-        return logits
+            raise
 
     def commit(self, path: Sequence[int] | None = None) -> None:
         """Keep the pending slots of one path, in order, and drop all other pending slots.
@@ -178,15 +185,27 @@ class Session:
             )
         return ids.long()
 
+    def _checked_logits(self, logits: Tensor) -> Tensor:
+        # A sum is NaN if any term is; only then is the slower exact test worth its time.
+        logits = logits.float()
+        if torch.isnan(logits.sum()) and torch.isnan(logits).any():
+            raise NumericalError(
+                "model: it returned NaN logits. Check its weights, or load it in float32 if it runs in float16."
+            )
+        return logits
+
+    def _check_room(self, depth: int) -> None:
+        if self.length + depth > self.context_limit:
+            raise InputError(
+                f"tokens: {self.length} committed and {depth} new do not fit the context of "
+                f"{self.context_limit} tokens; shorten the prompt or generate less"
+            )
+
     def _forward(self, tree: TokenTree, keep_logits: int) -> Tensor:
         """One pass over the tree's N nodes, which become pending; returns logits [1, N or keep_logits, V]."""
         before, first = self.length, self.pending
         depths, ancestors = self._grow(tree.shape)
-        if before + int(depths.max()) >= self.context_limit:
-            raise InputError(
-                f"tokens: {before} committed and {int(depths.max()) + 1} new do not fit the context of "
-                f"{self.context_limit} tokens; shorten the prompt or generate less"
-            )
+        self._check_room(int(depths.max()) + 1)
         positions = before + depths
         self._cache.begin(before + first, len(tree))
         logits = self._view(
@@ -264,50 +283,3 @@ class _SlotCache:
         source = base + torch.tensor(nodes)
         for slots in self.layers:
             slots[:, :, :, base : base + len(nodes)] = slots[:, :, :, source.to(slots.device)]
-
-
-def refuse_unsupported(model: PreTrainedModel) -> None:
-    """Raise `UnsupportedModelError`, naming the architecture, if token trees cannot run on it."""
-    name, config = type(model).__name__, model.config
-    kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or [])
-    reason = None
-    if config.is_encoder_decoder:
-        reason = "it is an encoder-decoder; tokenworks decodes with decoder-only models"
-    elif getattr(model, "_is_stateful", False) or kinds - {"full_attention", "sliding_attention"}:
-        reason = "its layers carry a recurrent or chunked state, which cannot branch into a token tree"
-    elif model.get_output_embeddings() is None:
-        reason = "it has no language-modelling head; load it with AutoModelForCausalLM"
-    elif not getattr(model, "_supports_attention_backend", False):
-        reason = "its attention takes no mask from outside (ALiBi or an older code style)"
-    if reason:
-        raise UnsupportedModelError(f"model: {name} is not supported: {reason}.")
-
-
-def _sliding_window(config: object) -> int | None:
-    """The window of the layers that have one; None if every layer sees the whole context."""
-    kinds = getattr(config, "layer_types", None)
-    if (kinds is not None and "sliding_attention" not in kinds) or getattr(
-        config, "use_sliding_window", True
-    ) is False:
-        return None
-    return getattr(config, "sliding_window", None)
-
-
-@torch.inference_mode()
-def _prove_trees(session: Session) -> None:
-    """Compare a small tree with the model's own forward, once for an architecture the tests do not cover."""
-    ids = torch.arange(1, 6) % session.vocab_size
-    try:
-        tree = session.extend(TokenTree.of(ids, [ROOT, 0, 0, 2, 1]))
-        gap = 0.0
-        for node, path in ((3, [0, 2, 3]), (4, [0, 1, 4])):
-            own = session.model(input_ids=ids[path][None].to(session.model.device)).logits[0, -1].float()
-            gap = max(gap, float((own - tree[node]).abs().max() / own.abs().max().clamp(min=1)))
-    except (NotImplementedError, RuntimeError, TypeError, AttributeError, IndexError) as error:
-        gap, cause = float("inf"), f" ({error})"
-    else:
-        cause = f" (its logits differ by {gap:.1e})"
-    session.rollback()
-    if gap > (1e-3 if session.model.dtype == torch.float32 else 5e-2):
-        name = type(session.model).__name__
-        raise UnsupportedModelError(f"model: {name} does not give a token tree the logits of its paths{cause}.")
