@@ -14,8 +14,13 @@ CONFIGS = {
     "qwen3": LLAMA_LIKE | {"head_dim": 8},
     # A window of 6 makes most of the random trees reach past it.
     "gemma3_text": LLAMA_LIKE
-    | {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    | {
+        "head_dim": 8,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "mistral": LLAMA_LIKE | {"head_dim": 8, "sliding_window": 6},
+    "gemma2": LLAMA_LIKE | {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
     "gpt2": {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
     "gpt_neox": SMALL | {"intermediate_size": 48, "max_position_embeddings": 128},
     "opt": SMALL | {"ffn_dim": 48, "max_position_embeddings": 128, "word_embed_proj_dim": 32},
@@ -30,7 +35,9 @@ def tiny_model(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, **c
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.1) + (parameter.dim() == 1))
+            parameter.copy_(
+                torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.1) + (parameter.dim() == 1)
+            )
     return model
 
 

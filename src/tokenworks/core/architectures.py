@@ -13,7 +13,7 @@ from tokenworks.core.tree import ROOT, TokenTree
 if TYPE_CHECKING:
     from tokenworks.core.session import Session
 
-PROVED = frozenset({"llama", "gemma3_text", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "mistral"})
+PROVED = frozenset({"llama", "gemma3_text", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "mistral", "gemma2"})
 """Architectures whose tree attention the tests prove; any other is checked on its own when first used."""
 
 

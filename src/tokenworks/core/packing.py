@@ -1,7 +1,7 @@
 """A view of a model for inference: the same weights, behind tree attention and a faster linear layer.
 
 The user's model is never changed: its module objects are copied, its tensors shared. Two things differ in the
-copy. Attention goes through `tree_attention`, which takes any mask and never repeats keys for grouped queries.
+copy. Attention goes through `tree_attention`, which takes any mask.
 And where PyTorch has oneDNN, float32 linear layers on the CPU run on weights packed once into oneDNN's blocked
 layout: about 1.3 times as fast for one token and 1.7 times for eight to sixteen, which is just the width that a
 draft tree has. Packing costs a second copy of the linear weights in memory.
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -76,18 +77,15 @@ def tree_attention(
     """
     if s_aux is not None:
         raise NotImplementedError("attention sinks")
-    batch, heads, width, dim = query.shape
-    kv_heads, length = key.shape[1], key.shape[2]
-    bias = attention_mask[:, 0 if sliding_window is None else -1]
-    # Queries that share a key head are stacked along the rows, so that keys are read once and never copied.
-    rows = query.reshape(batch, kv_heads, heads // kv_heads * width, dim)
-    scores = torch.matmul(rows * (dim**-0.5 if scaling is None else scaling), key.transpose(-1, -2))
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    grouped = scores.view(batch, kv_heads, heads // kv_heads, width, length) + bias[:, None, None]
-    weights = torch.softmax(grouped, dim=-1, dtype=torch.float32).to(value.dtype)
-    mixed = torch.matmul(weights.view(batch, kv_heads, -1, length), value)
-    return mixed.view(batch, heads, width, -1).transpose(1, 2), None
+    mask = attention_mask[:, :1] if sliding_window is None else attention_mask[:, -1:]
+    if softcap is None:
+        mixed = scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+        return mixed.transpose(1, 2), None
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = torch.matmul(query, key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    weights = torch.softmax(softcap * torch.tanh(scores / softcap) + mask, dim=-1, dtype=torch.float32)
+    return torch.matmul(weights.to(value.dtype), value).transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION, tree_attention)

@@ -1,0 +1,67 @@
+"""CostCurve: what a forward pass costs on this machine against the number of slots it runs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokenworks.core.errors import InputError
+from tokenworks.core.session import Session
+
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 81)
+"""Widths measured by default: dense where a small machine's optimum lies, up to the largest published tree."""
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Seconds of one pass at measured widths, interpolated linearly between them and beyond the last.
+
+    Args:
+        widths: slots of a pass, increasing.
+        seconds: for each width the seconds of a pass, positive. Made non-decreasing, since a wider pass that
+            seems cheaper is noise.
+
+    Raises:
+        InputError: fewer than two widths, or lengths and order that do not fit.
+    """
+
+    widths: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.widths) < 2 or len(self.widths) != len(self.seconds):
+            raise InputError("widths: at least two, with one time each")
+        if any(a >= b for a, b in zip(self.widths, self.widths[1:], strict=False)) or min(self.seconds) <= 0:
+            raise InputError("widths: must increase, and seconds be positive")
+        object.__setattr__(self, "seconds", tuple(np.maximum.accumulate(self.seconds).tolist()))
+
+    def __call__(self, width: int) -> float:
+        """Seconds of a pass over `width` slots."""
+        if width > self.widths[-1]:
+            slope = (self.seconds[-1] - self.seconds[-2]) / (self.widths[-1] - self.widths[-2])
+            return self.seconds[-1] + slope * (width - self.widths[-1])
+        return float(np.interp(width, self.widths, self.seconds))
+
+
+def measure_cost(
+    session: Session, widths: tuple[int, ...] = WIDTHS, context: int = 128, repeats: int = 5
+) -> CostCurve:
+    """Time passes of each width over a context of `context` tokens; the session is emptied.
+
+    Widths alternate, so that a slow moment of the machine falls on all of them; each is given its median.
+    """
+    session.rollback(0)
+    session.prefill([1] * context)
+    times: dict[int, list[float]] = {width: [] for width in widths}
+    for repeat in range(repeats + 1):
+        for width in widths:
+            begun = time.perf_counter()
+            session.extend([2] * width)
+            if repeat:  # the first round warms up
+                times[width].append(time.perf_counter() - begun)
+            session.rollback()
+    session.rollback(0)
+    return CostCurve(widths, tuple(statistics.median(times[width]) for width in widths))

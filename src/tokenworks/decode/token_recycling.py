@@ -1,0 +1,173 @@
+"""Token Recycling (Luo et al., "Turning Trash into Treasure", arXiv 2408.08696, ACL 2025).
+
+Every forward pass yields, for every slot it ran, a ranking of the tokens that could follow. Plain decoding throws
+all of it away but one token. Here the k best of each slot are kept in an adjacency matrix M [V, k]: row t holds
+the k candidates last seen after token t. A draft is a tree read off M from the last confirmed token, along a fixed
+template: node (i0, i1, ...) is candidate i0 of the root token, then candidate i1 of that token, and so on. One
+pass verifies the tree, and its logits, rejected slots included, refill M.
+
+Nothing is trained, no second model is needed, and the text is the target's own: M only decides how many passes it
+takes. M outlives a generation ("hot start"); `reset` gives the paper's "cold start".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from tokenworks.core.cost import CostCurve
+from tokenworks.core.errors import InputError
+from tokenworks.core.files import atomic_write
+from tokenworks.core.sampling import top_ids
+from tokenworks.core.tree import TokenTree, TreeShape
+from tokenworks.decode.contract import Draft, Law, Verdict
+
+Path_ = tuple[int, ...]
+
+# The published template "2.2.2": for each node that has children, how many (nodes by rank path; the root is ()).
+# 80 nodes, by level 8, 21, 25, 15, 8, 3.
+_CHILDREN: dict[Path_, int] = {
+    (): 8,
+    **{(0,): 8, (1,): 4, (2,): 3, (3,): 2, (4,): 1, (5,): 1, (6,): 1, (7,): 1},
+    **{(0, 0): 8, (0, 1): 3, (0, 2): 2, (0, 3): 1, (0, 4): 1, (0, 5): 1, (0, 6): 1, (0, 7): 1},
+    **{(1, 0): 2, (1, 1): 1, (2, 0): 1, (3, 0): 1, (4, 0): 1, (5, 0): 1},
+    **{(0, 0, 0): 5, (0, 0, 1): 2, (0, 0, 2): 1, (0, 0, 3): 1, (0, 0, 4): 1, (0, 1, 0): 1, (0, 2, 0): 1},
+    **{(1, 0, 0): 1, (2, 0, 0): 1, (3, 0, 0): 1},
+    **{(0, 0, 0, 0): 3, (0, 0, 0, 1): 1, (0, 0, 0, 2): 1, (0, 0, 1, 0): 1, (0, 1, 0, 0): 1, (1, 0, 0, 0): 1},
+    **{(0, 0, 0, 0, 0): 2, (0, 0, 0, 1, 0): 1},
+}
+PUBLISHED_TREE: tuple[Path_, ...] = tuple(
+    sorted(((*p, i) for p, n in _CHILDREN.items() for i in range(n)), key=lambda path: (len(path), path))
+)
+"""The paper's static template, chosen once by its authors on a small development set for all models."""
+
+
+class TokenRecycling:
+    """The drafter: an adjacency matrix and a tree template.
+
+    Args:
+        vocab_size: V, the width of the model's logits (`session.vocab_size`).
+        tree: rank paths, every prefix of a path among them; the published template by default. An empty tree is
+            plain decoding.
+        k: candidates kept for a token; the paper's 8.
+
+    Attributes:
+        matrix: int32 [V, k], the candidates after each token, likeliest first; zeros at first. 1.57 MB for a
+            vocabulary of 49,152.
+
+    Raises:
+        InputError: k larger than the vocabulary or below 1, or a tree that is malformed or needs ranks above k.
+    """
+
+    name = "token-recycling"
+    law = Law.FIXED
+
+    def __init__(self, vocab_size: int, tree: Iterable[Sequence[int]] = PUBLISHED_TREE, k: int = 8) -> None:
+        if not 1 <= k <= vocab_size:
+            raise InputError(f"k: {k} is not between 1 and the vocabulary's {vocab_size}")
+        self.template = _Template.of(tuple(sorted(map(tuple, tree), key=lambda path: (len(path), path))))
+        if self.template.paths and max(map(max, self.template.paths)) >= k:
+            raise InputError(
+                f"tree: it uses rank {max(map(max, self.template.paths))}, but k is {k} (ranks 0 to {k - 1})"
+            )
+        self.k = k
+        self.matrix = torch.zeros(vocab_size, k, dtype=torch.int32)
+
+    def reset(self) -> None:
+        """Forget everything: the next generation starts cold."""
+        self.matrix.zero_()
+
+    def start(self, prompt: Sequence[int]) -> None:
+        """Nothing to do: what earlier prompts taught stays in the matrix."""
+
+    def propose(self, context: Sequence[int], room: int) -> Draft:
+        """The template filled from the matrix, one gather a level; no model call."""
+        template = self.template.cut(room)
+        tokens = torch.empty(len(template.shape), dtype=torch.long)
+        tokens[0] = context[-1]
+        for nodes, parents, ranks in template.levels:
+            tokens[nodes] = self.matrix[tokens[parents], ranks].long()
+        return Draft(TokenTree(tokens, template.shape))
+
+    def observe(self, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+        """M[x_n] = top-k of the logits at n, for every slot n, accepted or not.
+
+        A token may sit on several slots. The accepted path wins, since its context is the text's own; then the
+        last slot in breadth-first order. (The paper leaves this open, and on a GPU it is undefined.)
+        """
+        tokens = draft.tree.tokens.tolist()
+        slot_of = {tokens[node]: node for node in [*range(len(tokens)), *verdict.path]}
+        rows, slots = list(slot_of), list(slot_of.values())
+        self.matrix[rows] = top_ids(logits, self.k)[slots].to("cpu", torch.int32)
+
+    def save(self, path: str | Path) -> None:
+        """Write the matrix as safetensors, atomically."""
+        with atomic_write(Path(path), "wb") as out:
+            out.write(save({"matrix": self.matrix}))
+
+    def load(self, path: str | Path) -> None:
+        """Read a matrix that `save` wrote, for a hot start.
+
+        Raises:
+            InputError: the file is not there, is not such a file, or belongs to another vocabulary or k.
+        """
+        try:
+            matrix = load_file(path)["matrix"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise InputError(f"path: {path} is not a saved recycling matrix ({error})") from error
+        if matrix.shape != self.matrix.shape or matrix.min() < 0 or matrix.max() >= len(matrix):
+            raise InputError(
+                f"path: {path} holds a matrix {list(matrix.shape)}, but this model needs {list(self.matrix.shape)}"
+            )
+        self.matrix = matrix.to(torch.int32)
+
+
+class _Template:
+    """A set of rank paths, and the gathers that fill it level by level."""
+
+    def __init__(self, paths: tuple[Path_, ...]) -> None:
+        self.paths = paths
+        self.shape = TreeShape.from_paths(paths)
+        self.levels: list[tuple[Tensor, Tensor, Tensor]] = []
+        parents = torch.tensor(self.shape.parents)
+        for depth in range(1, max(map(len, paths), default=0) + 1):
+            nodes = (self.shape.depths == depth).nonzero().flatten()
+            ranks = torch.tensor([path[-1] for path in paths if len(path) == depth])
+            self.levels.append((nodes, parents[nodes], ranks))
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def of(cls, paths: tuple[Path_, ...]) -> _Template:
+        return cls(paths)
+
+    def cut(self, depth: int) -> _Template:
+        """The template without the levels below `depth`."""
+        if depth >= len(self.levels):
+            return self
+        return self.of(tuple(path for path in self.paths if len(path) <= depth))
+
+
+def fit_tree(acceptance: dict[Path_, float], cost: CostCurve) -> list[Path_]:
+    """The subtree that decodes fastest on this machine.
+
+    A node n of the tree is on the accepted path of a pass with probability a(n), so a tree S yields
+    1 + sum of a(n) over S tokens a pass, and a pass over |S| + 1 slots costs `cost`. A child is never accepted
+    more often than its parent, so the best S of a given size is simply its likeliest nodes.
+
+    Args:
+        acceptance: for each rank path how often it was on the accepted path, in [0, 1] (`measure_acceptance`).
+        cost: seconds of a pass against its width.
+    """
+    ranked = sorted(acceptance, key=lambda path: (-acceptance[path], len(path), path))
+    best, best_speed, tokens = 0, 1 / cost(1), 1.0
+    for size, path in enumerate(ranked, start=1):
+        tokens += acceptance[path]
+        if tokens / cost(size + 1) > best_speed:
+            best, best_speed = size, tokens / cost(size + 1)
+    return ranked[:best]
