@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from tokenworks.core.errors import InputError
+from tokenworks.core.files import atomic_write, cache_folder
+from tokenworks.core.measure import machine_facts
 from tokenworks.core.session import Session
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 81)
@@ -65,3 +69,23 @@ def measure_cost(
             session.rollback()
     session.rollback(0)
     return CostCurve(widths, tuple(statistics.median(times[width]) for width in widths))
+
+
+def kept_cost(session: Session) -> CostCurve:
+    """The cost curve of this model on this machine: measured on the first call, then kept in the cache folder."""
+    model = session.model
+    facts = {
+        **machine_facts(),
+        "config": model.config.to_dict(),
+        "dtype": str(model.dtype),
+        "device": str(model.device),
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    path = cache_folder() / "costs" / f"{key}.json"
+    if path.exists():
+        kept = json.loads(path.read_text())
+        return CostCurve(tuple(kept["widths"]), tuple(kept["seconds"]))
+    curve = measure_cost(session)
+    with atomic_write(path) as out:
+        json.dump(asdict(curve), out)
+    return curve

@@ -5,13 +5,14 @@
     logits = session.extend(TokenTree.of([5, 7, 9], [ROOT, 0, 0]))   # [3, V], one forward pass
     session.commit([0, 2])                                            # keep 5 then 9, drop 7
 
-The protocol is what a decoder needs and no more (`prefill`, `extend`, `commit`, `rollback`, `tokens`, `length`,
-`context_limit`, `vocab_size`), so that another engine can stand behind it. It knows nothing of sampling.
+A decoder asks for no more than the `Engine` protocol, so that another engine can stand behind it. Nothing here
+knows of sampling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,24 @@ PREFILL_CHUNK = 512
 
 FIRST_CAPACITY = 512
 """Cache slots allocated at first; doubled when they run out."""
+
+
+class Engine(Protocol):
+    """What a decoder needs of a model: `Session`, or another engine that stands in for it."""
+
+    vocab_size: int
+    context_limit: int
+
+    @property
+    def length(self) -> int: ...
+
+    def prefill(self, tokens: Sequence[int] | Tensor) -> Tensor: ...
+
+    def extend(self, tokens: Sequence[int] | Tensor | TokenTree) -> Tensor: ...
+
+    def commit(self, path: Sequence[int] | None = None) -> None: ...
+
+    def rollback(self, length: int | None = None) -> None: ...
 
 
 class Session:

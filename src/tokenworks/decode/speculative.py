@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokenworks.core.errors import InputError
 from tokenworks.core.sampling import Sampling
-from tokenworks.core.session import Session
+from tokenworks.core.session import Engine
 from tokenworks.core.trace import Trace
 from tokenworks.decode.contract import Autoregressive, Draft, Drafter, TokenMatching, Verdict, Verifier
 
@@ -90,7 +90,7 @@ class SpeculativeDecoder:
     """Decode with one target pass a tree.
 
     Args:
-        session: the target model's session; a generation starts it anew.
+        session: the target model's `Session`; a generation starts it anew.
         drafter: by default `Autoregressive`, plain decoding.
         verifier: by default `TokenMatching`, exact for every drafter.
         sampling: by default greedy.
@@ -101,7 +101,7 @@ class SpeculativeDecoder:
 
     def __init__(
         self,
-        session: Session,
+        session: Engine,
         drafter: Drafter | None = None,
         verifier: Verifier | None = None,
         sampling: Sampling | None = None,
@@ -141,13 +141,13 @@ class SpeculativeDecoder:
         ids = _one_prompt(prompt, self.session.context_limit)
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens: {max_new_tokens} is not at least 1")
-        generator = None if seed is None else torch.Generator(self.session.model.device).manual_seed(seed)
         stops = frozenset(stop_ids)
         session, begun, result = self.session, time.perf_counter(), Generation()
         session.rollback(0)
         self.drafter.start(ids)
 
         logits = session.prefill(ids)[None]
+        generator = None if seed is None else torch.Generator(logits.device).manual_seed(seed)
         verdict = Verdict([0], self.sampling.draw(logits[0], generator), [])
         new, steps = [verdict.bonus], self._steps(None, logits, verdict, 0)
         while True:

@@ -12,8 +12,11 @@ takes. M outlives a generation ("hot start"); `reset` gives the paper's "cold st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -21,18 +24,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from tokenworks.core.cost import CostCurve
+from tokenworks.core.cost import CostCurve, kept_cost
 from tokenworks.core.errors import InputError
 from tokenworks.core.files import atomic_write
 from tokenworks.core.sampling import top_ids
+from tokenworks.core.session import Session
 from tokenworks.core.tree import TokenTree, TreeShape
 from tokenworks.decode.contract import Draft, Law, Verdict
+from tokenworks.decode.speculative import SpeculativeDecoder
 
-Path_ = tuple[int, ...]
+RankPath = tuple[int, ...]
 
 # The published template "2.2.2": for each node that has children, how many (nodes by rank path; the root is ()).
 # 80 nodes, by level 8, 21, 25, 15, 8, 3.
-_CHILDREN: dict[Path_, int] = {
+_CHILDREN: dict[RankPath, int] = {
     (): 8,
     **{(0,): 8, (1,): 4, (2,): 3, (3,): 2, (4,): 1, (5,): 1, (6,): 1, (7,): 1},
     **{(0, 0): 8, (0, 1): 3, (0, 2): 2, (0, 3): 1, (0, 4): 1, (0, 5): 1, (0, 6): 1, (0, 7): 1},
@@ -42,7 +47,7 @@ _CHILDREN: dict[Path_, int] = {
     **{(0, 0, 0, 0): 3, (0, 0, 0, 1): 1, (0, 0, 0, 2): 1, (0, 0, 1, 0): 1, (0, 1, 0, 0): 1, (1, 0, 0, 0): 1},
     **{(0, 0, 0, 0, 0): 2, (0, 0, 0, 1, 0): 1},
 }
-PUBLISHED_TREE: tuple[Path_, ...] = tuple(
+PUBLISHED_TREE: tuple[RankPath, ...] = tuple(
     sorted(((*p, i) for p, n in _CHILDREN.items() for i in range(n)), key=lambda path: (len(path), path))
 )
 """The paper's static template, chosen once by its authors on a small development set for all models."""
@@ -131,7 +136,7 @@ class TokenRecycling:
 class _Template:
     """A set of rank paths, and the gathers that fill it level by level."""
 
-    def __init__(self, paths: tuple[Path_, ...]) -> None:
+    def __init__(self, paths: tuple[RankPath, ...]) -> None:
         self.paths = paths
         self.shape = TreeShape.from_paths(paths)
         self.levels: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -143,7 +148,7 @@ class _Template:
 
     @classmethod
     @lru_cache(maxsize=64)
-    def of(cls, paths: tuple[Path_, ...]) -> _Template:
+    def of(cls, paths: tuple[RankPath, ...]) -> _Template:
         return cls(paths)
 
     def cut(self, depth: int) -> _Template:
@@ -153,7 +158,7 @@ class _Template:
         return self.of(tuple(path for path in self.paths if len(path) <= depth))
 
 
-def fit_tree(acceptance: dict[Path_, float], cost: CostCurve) -> list[Path_]:
+def fit_tree(acceptance: Mapping[RankPath, float], cost: CostCurve) -> list[RankPath]:
     """The subtree that decodes fastest on this machine.
 
     A node n of the tree is on the accepted path of a pass with probability a(n), so a tree S yields
@@ -171,3 +176,38 @@ def fit_tree(acceptance: dict[Path_, float], cost: CostCurve) -> list[Path_]:
         if tokens / cost(size + 1) > best_speed:
             best, best_speed = size, tokens / cost(size + 1)
     return ranked[:best]
+
+
+def measure_acceptance(
+    session: Session, prompts: Iterable[Sequence[int]], max_new_tokens: int = 128, stop_ids: Iterable[int] = ()
+) -> dict[RankPath, float]:
+    """How often each node of the published tree lies on the accepted path of a pass, decoding greedily.
+
+    Args:
+        prompts: token ids; of the kind the decoder will meet, but not those it will be judged on.
+    """
+    recycler = TokenRecycling(session.vocab_size)
+    decoder = SpeculativeDecoder(session, recycler)
+    hits: Counter[RankPath] = Counter()
+    passes = 0
+    for prompt in prompts:
+        generation = decoder.generate(prompt, max_new_tokens, stop_ids)
+        passes += len(generation.accepted)
+        path: RankPath = ()
+        for step in generation.steps:
+            path = () if step.rank is None else (*path, step.rank)
+            if path:
+                hits[path] += 1
+    if not passes:
+        raise InputError("prompts: no decoding pass was made; give prompts that the model continues")
+    return {path: hits[path] / passes for path in PUBLISHED_TREE}
+
+
+def machine_tree(session: Session) -> list[RankPath]:
+    """The tree for this model's cost curve on this machine and the acceptance rates that come with tokenworks.
+
+    Those were measured with SmolLM2-135M on the calibration prompts (`benchmarks/tree_acceptance.py`). For another
+    kind of text or model: `fit_tree(measure_acceptance(session, prompts), kept_cost(session))`.
+    """
+    rates = json.loads(files("tokenworks.decode").joinpath("token_recycling.json").read_text())
+    return fit_tree({tuple(path): rate for path, rate in rates}, kept_cost(session))

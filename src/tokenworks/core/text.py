@@ -1,0 +1,34 @@
+"""From a user's prompt to token ids, and the tokens that end an answer."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tokenworks.core.errors import InputError
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool = False) -> list[int]:
+    """Token ids of `prompt`, as one user message in the tokenizer's chat template if it has one.
+
+    Args:
+        raw: continue the text as it stands, without a chat template.
+
+    Raises:
+        InputError: the prompt is empty, or only white space where a chat template wants a message.
+    """
+    templated = tokenizer.chat_template is not None and not raw
+    if not (prompt.strip() if templated else prompt):
+        raise InputError("prompt: empty; write something for the model to continue")
+    if templated:
+        message = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return tokenizer(prompt)["input_ids"]
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end generation: the model's generation config's, else the tokenizer's end of text."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    found = configured if configured is not None else tokenizer.eos_token_id
+    if found is None:
+        return []
+    return list(found) if isinstance(found, list | tuple) else [found]
