@@ -1,1 +1,1 @@
-
+"""What all families stand on: models, sessions, sampling, traces, data and measurement."""
