@@ -24,6 +24,7 @@ from filelock import FileLock
 from rich.console import Console
 from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -154,7 +155,7 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: str = 
             "HuggingFaceTB/SmolLM2-360M-Instruct, a local folder, or a .gguf file."
         )
     model, tokenizer = _from_pretrained(source, dtype)
-    return LoadedModel(model.to(device).eval(), tokenizer, text, licence, gguf_path)
+    return LoadedModel(nn.Module.to(model, device).eval(), tokenizer, text, licence, gguf_path)
 
 
 def fetch(name: str) -> Path:
@@ -199,7 +200,7 @@ def convert(gguf: Path, folder: Path, stop_ids: tuple[int, ...] = ()) -> None:
     _repair_smollm(gguf, tokenizer)
     # The weights are plain float32 now: saving must not take them for quantized ones.
     del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
+    del model.hf_quantizer, model.is_quantized
     if stop_ids:
         model.generation_config.eos_token_id = list(stop_ids)
     with _no_bars():

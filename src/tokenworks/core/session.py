@@ -11,7 +11,7 @@ knows of sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -30,6 +30,10 @@ FIRST_CAPACITY = 512
 """Cache slots allocated at first; doubled when they run out."""
 
 
+Reader = Callable[[Tensor, Tensor], None]
+"""Takes n token ids [n] and the logits after each of them [n, V]."""
+
+
 class Engine(Protocol):
     """What a decoder needs of a model: `Session`, or another engine that stands in for it."""
 
@@ -39,7 +43,7 @@ class Engine(Protocol):
     @property
     def length(self) -> int: ...
 
-    def prefill(self, tokens: Sequence[int] | Tensor) -> Tensor: ...
+    def prefill(self, tokens: Sequence[int] | Tensor, reader: Reader | None = None) -> Tensor: ...
 
     def extend(self, tokens: Sequence[int] | Tensor | TokenTree) -> Tensor: ...
 
@@ -90,8 +94,12 @@ class Session:
         return len(self._pending_parents)
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int] | Tensor) -> Tensor:
+    def prefill(self, tokens: Sequence[int] | Tensor, reader: Reader | None = None) -> Tensor:
         """Commit `tokens`, read in chunks, and return only the logits after the last one: float32 [V].
+
+        Args:
+            tokens: at least one id.
+            reader: if given, called for each chunk with its n ids and the logits after them [n, V].
 
         Raises:
             InputError: as `extend`; also if slots are pending. Nothing is committed then.
@@ -104,10 +112,12 @@ class Session:
         self._check_room(len(ids))
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = ids[start : start + PREFILL_CHUNK]
-            logits = self._forward(TokenTree(chunk, TreeShape.chain(len(chunk))), keep_logits=1)
+            logits = self._forward(TokenTree(chunk, TreeShape.chain(len(chunk))), keep_logits=reader is None)
             self.commit()
+            if reader is not None:
+                reader(chunk, logits[0].float())
         try:
-            return self._checked_logits(logits[0])[0]
+            return self._checked_logits(logits[0, -1])
         except NumericalError:
             self.rollback(before)
             raise
@@ -230,7 +240,7 @@ class Session:
         logits = self._view(
             input_ids=tree.tokens.to(self._device)[None],
             position_ids=positions[first:].to(self._device)[None],
-            attention_mask=self._bias(positions, ancestors[first:], first).to(self._device, self._dtype),
+            attention_mask=self._bias(positions, ancestors[first:], first).to(self._device),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=keep_logits,
@@ -264,7 +274,8 @@ class Session:
             keys = torch.cat([torch.arange(self.length), positions])
             channels.append(seen & (positions[first:, None] - keys < self.window))
         lowest = torch.finfo(self._dtype).min
-        return torch.zeros(1, len(channels), *seen.shape).masked_fill_(~torch.stack(channels), lowest)
+        bias = torch.zeros(1, len(channels), *seen.shape, dtype=self._dtype)
+        return bias.masked_fill_(~torch.stack(channels), lowest)
 
 
 class _SlotCache:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenworks.core.errors import InputError
@@ -21,8 +23,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool = F
         raise InputError("prompt: empty; write something for the model to continue")
     if templated:
         message = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return tokenizer(prompt)["input_ids"]
+        found: Any = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
+    else:
+        found = tokenizer(prompt)
+    return list(found["input_ids"])
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -126,16 +126,20 @@ class Trace:
         """
         ids = [int(token) for token in token_ids]
         pieces: list[str] = []
+
+        def decode(start: int, end: int) -> str:
+            return str(tokenizer.decode(ids[start:end], skip_special_tokens=False))
+
         start, shown = 0, 0  # the text from token `start` on, of which `shown` characters are given out
         for end in range(1, len(ids) + 1):
-            text = tokenizer.decode(ids[start:end], skip_special_tokens=False)
+            text = decode(start, end)
             whole = end == len(ids) or not text.endswith("\ufffd")
             pieces.append(text[shown:] if whole else "")
             if whole:
                 # Decode on from this token, not from the first, or a long text would take quadratic time.
                 start = end - 1
-                shown = len(tokenizer.decode(ids[start:end], skip_special_tokens=False))
-                if "\ufffd" in tokenizer.decode(ids[start:end], skip_special_tokens=False):
+                shown = len(decode(start, end))
+                if "\ufffd" in decode(start, end):  # the token alone is no whole character
                     start, shown = end, 0
         return cls(pieces, ids)
 
@@ -234,7 +238,7 @@ def _printable(token: str) -> str:
 
 
 def _plain(tokens: list[str], channel: Channel) -> str:
-    """Category runs as [name|text], with the commonest category and missing values left bare; numbers as text{value}."""
+    """Category runs as [name|text], the commonest and the missing left bare; numbers as text{value}."""
     if channel.kind == "number":
         return "".join(t if v is None else f"{t}{{{v:.3g}}}" for t, v in zip(tokens, channel.values, strict=True))
     common = Counter(v for v in channel.values if v is not None).most_common(1)[0][0]

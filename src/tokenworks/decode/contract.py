@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenworks.core.sampling import Sampling
+from tokenworks.core.session import Reader
 from tokenworks.core.tree import TokenTree
 
 
@@ -62,8 +63,12 @@ class Drafter(Protocol):
     name: str
     law: Law
 
-    def start(self, prompt: Sequence[int]) -> None:
-        """A new sequence begins with these token ids."""
+    def start(self, prompt: Sequence[int]) -> Reader | None:
+        """A new sequence begins with these token ids.
+
+        Returns:
+            None, or a function that is to be given the target's logits over the prompt as they are computed.
+        """
 
     def propose(self, context: Sequence[int], room: int) -> Draft:
         """A tree under the last token of `context`, at most `room` (>= 0) levels below the root."""
@@ -91,13 +96,13 @@ class Autoregressive:
     law = Law.FIXED
 
     def start(self, prompt: Sequence[int]) -> None:
-        pass
+        """Nothing to prepare."""
 
     def propose(self, context: Sequence[int], room: int) -> Draft:
         return Draft(TokenTree.of([context[-1]], [-1]))
 
     def observe(self, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
-        pass
+        """Nothing to learn."""
 
 
 class TokenMatching:

@@ -144,9 +144,8 @@ class SpeculativeDecoder:
         stops = frozenset(stop_ids)
         session, begun, result = self.session, time.perf_counter(), Generation()
         session.rollback(0)
-        self.drafter.start(ids)
 
-        logits = session.prefill(ids)[None]
+        logits = session.prefill(ids, self.drafter.start(ids))[None]
         generator = None if seed is None else torch.Generator(logits.device).manual_seed(seed)
         verdict = Verdict([0], self.sampling.draw(logits[0], generator), [])
         new, steps = [verdict.bonus], self._steps(None, logits, verdict, 0)

@@ -28,7 +28,7 @@ from tokenworks.core.cost import CostCurve, kept_cost
 from tokenworks.core.errors import InputError
 from tokenworks.core.files import atomic_write
 from tokenworks.core.sampling import top_ids
-from tokenworks.core.session import Session
+from tokenworks.core.session import Reader, Session
 from tokenworks.core.tree import TokenTree, TreeShape
 from tokenworks.decode.contract import Draft, Law, Verdict
 from tokenworks.decode.speculative import SpeculativeDecoder
@@ -61,6 +61,8 @@ class TokenRecycling:
         tree: rank paths, every prefix of a path among them; the published template by default. An empty tree is
             plain decoding.
         k: candidates kept for a token; the paper's 8.
+        seed_from_prompt: also fill the rows of the prompt's tokens from the prompt's own pass. Not in the paper;
+            it costs the prompt's logits, about one pass, and saves several.
 
     Attributes:
         matrix: int32 [V, k], the candidates after each token, likeliest first; zeros at first. 1.57 MB for a
@@ -73,7 +75,13 @@ class TokenRecycling:
     name = "token-recycling"
     law = Law.FIXED
 
-    def __init__(self, vocab_size: int, tree: Iterable[Sequence[int]] = PUBLISHED_TREE, k: int = 8) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        tree: Iterable[Sequence[int]] = PUBLISHED_TREE,
+        k: int = 8,
+        seed_from_prompt: bool = False,
+    ) -> None:
         if not 1 <= k <= vocab_size:
             raise InputError(f"k: {k} is not between 1 and the vocabulary's {vocab_size}")
         self.template = _Template.of(tuple(sorted(map(tuple, tree), key=lambda path: (len(path), path))))
@@ -81,15 +89,16 @@ class TokenRecycling:
             raise InputError(
                 f"tree: it uses rank {max(map(max, self.template.paths))}, but k is {k} (ranks 0 to {k - 1})"
             )
-        self.k = k
+        self.k, self.seed_from_prompt = k, seed_from_prompt
         self.matrix = torch.zeros(vocab_size, k, dtype=torch.int32)
 
     def reset(self) -> None:
         """Forget everything: the next generation starts cold."""
         self.matrix.zero_()
 
-    def start(self, prompt: Sequence[int]) -> None:
-        """Nothing to do: what earlier prompts taught stays in the matrix."""
+    def start(self, prompt: Sequence[int]) -> Reader | None:
+        """What earlier prompts taught stays in the matrix; this one's logits seed it if that is asked for."""
+        return self._learn if self.seed_from_prompt else None
 
     def propose(self, context: Sequence[int], room: int) -> Draft:
         """The template filled from the matrix, one gather a level; no model call."""
@@ -106,10 +115,15 @@ class TokenRecycling:
         A token may sit on several slots. The accepted path wins, since its context is the text's own; then the
         last slot in breadth-first order. (The paper leaves this open, and on a GPU it is undefined.)
         """
-        tokens = draft.tree.tokens.tolist()
-        slot_of = {tokens[node]: node for node in [*range(len(tokens)), *verdict.path]}
-        rows, slots = list(slot_of), list(slot_of.values())
-        self.matrix[rows] = top_ids(logits, self.k)[slots].to("cpu", torch.int32)
+        order = torch.tensor([*range(len(draft.tree)), *verdict.path])
+        self._learn(draft.tree.tokens[order], logits, order)
+
+    def _learn(self, tokens: Tensor, logits: Tensor, slots: Tensor | None = None) -> None:
+        """Row `tokens[i]` becomes the top k of `logits[slots[i]]`, or `logits[i]`; the last of equals wins."""
+        last = {token: place for place, token in enumerate(tokens.tolist())}
+        places = torch.tensor(list(last.values()))
+        best = top_ids(logits, self.k).to("cpu", torch.int32)
+        self.matrix[list(last)] = best[places if slots is None else slots[places]]
 
     def save(self, path: str | Path) -> None:
         """Write the matrix as safetensors, atomically."""

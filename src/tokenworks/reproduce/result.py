@@ -98,10 +98,7 @@ class Result:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Result:
         data = {k: v for k, v in data.items() if k != "verdict"}
-        data["figures"] = [
-            Figure(**{k: tuple(v) if k == "interval" else v for k, v in f.items() if k != "verdict"})
-            for f in data["figures"]
-        ]
+        data["figures"] = [Figure(**{k: v for k, v in f.items() if k != "verdict"}) for f in data["figures"]]
         return cls(**data)
 
     def save(self, path: Path) -> None:

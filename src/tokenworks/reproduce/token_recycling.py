@@ -7,7 +7,8 @@ machine. Six ways of decoding run on each prompt, in an order that turns from pr
 
     generate    model.generate, greedy                    tree-80        Token Recycling, published tree, hot start
     lookup      the same with prompt_lookup_num_tokens=10  tree-80 cold   the same, matrix emptied for each prompt
-    plain       plain decoding in a Session               fitted         the tree sized to this machine, hot start
+    plain       plain decoding in a Session               fitted         the tree sized to this machine, hot start,
+                                                                         rows of the prompt seeded from its pass
 
 Decoding is deterministic; a seed is an order of the prompts, which decides what the matrix has seen when.
 """
@@ -18,6 +19,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +77,7 @@ def run(settings: Run) -> Result:
             key = f"{seed}/{prompt.id}"
             if key not in ledger:
                 bench.resume(ledger, seed)
-            piece = ledger.once(key, lambda bench=bench, prompt=prompt, turn=turn: bench.measure(prompt, turn))
+            piece = ledger.once(key, partial(bench.measure, prompt, turn))
             bench.keep(ledger, seed)
             pieces.append((prompt, piece))
     settings.progress(settings.seeds * count, settings.seeds * count, "done")
@@ -112,7 +114,7 @@ class _Bench:
         self.recyclers = {
             "tree-80": TokenRecycling(vocabulary),
             "tree-80 cold": TokenRecycling(vocabulary),
-            "fitted": TokenRecycling(vocabulary, tree),
+            "fitted": TokenRecycling(vocabulary, tree, seed_from_prompt=True),
         }
         self._traced: Generation | None = None
         self._fresh = True
@@ -121,10 +123,10 @@ class _Bench:
         """Decode one prompt in all ways, as JSON data."""
         ids = encode_prompt(self.loaded.tokenizer, prompt.text)
         runs: dict[str, Callable[[list[int]], _Output]] = {
-            "generate": lambda ids: self._transformers(ids),
-            "lookup": lambda ids: self._transformers(ids, prompt_lookup_num_tokens=10),
-            "plain": lambda ids: self._ours(ids, None),
-            **{name: lambda ids, name=name: self._ours(ids, name) for name in self.recyclers},  # type: ignore[misc]
+            "generate": self._transformers,
+            "lookup": partial(self._transformers, prompt_lookup_num_tokens=10),
+            "plain": self._ours,
+            **{name: partial(self._ours, name=name) for name in self.recyclers},
         }
         if (
             self._fresh
@@ -155,7 +157,7 @@ class _Bench:
             for name in HOT:
                 self.recyclers[name].save(ledger.folder / f"{seed}-{name}.safetensors")
 
-    def _ours(self, ids: list[int], name: str | None) -> _Output:
+    def _ours(self, ids: list[int], name: str | None = None) -> _Output:
         drafter = None if name is None else self.recyclers[name]
         if drafter is not None and name not in HOT:
             drafter.reset()
@@ -165,7 +167,8 @@ class _Bench:
         return _Output(generation.token_ids, generation.target_passes, generation.accepted)
 
     def _transformers(self, ids: list[int], **options: Any) -> _Output:
-        model, passes = self.loaded.model, 0
+        model: Any = self.loaded.model
+        passes = 0
 
         def count(*_: Any) -> None:
             nonlocal passes
