@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
 import time
 from dataclasses import asdict, dataclass
 
@@ -55,7 +54,8 @@ def measure_cost(
 ) -> CostCurve:
     """Time passes of each width over a context of `context` tokens; the session is emptied.
 
-    Widths alternate, so that a slow moment of the machine falls on all of them; each is given its median.
+    Each width is given the fastest of its passes, since what else the machine does can only add to them; widths
+    alternate, so that a slow moment does not fall on one of them alone.
     """
     session.rollback(0)
     session.prefill([1] * context)
@@ -68,7 +68,7 @@ def measure_cost(
                 times[width].append(time.perf_counter() - begun)
             session.rollback()
     session.rollback(0)
-    return CostCurve(widths, tuple(statistics.median(times[width]) for width in widths))
+    return CostCurve(widths, tuple(min(times[width]) for width in widths))
 
 
 def kept_cost(session: Session) -> CostCurve:
