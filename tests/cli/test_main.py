@@ -122,7 +122,7 @@ def test_control_c_stops_cleanly(folder: Path) -> None:
         "--method",
         "autoregressive",
     ]
-    # A context of 128 would end the run; the interrupt comes while the libraries are still being imported or after.
+    # The interrupt comes while the libraries are imported, which is most of a short run.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     time.sleep(1.5)
     process.send_signal(signal.SIGINT)

@@ -56,15 +56,9 @@ _add_verbs()
 
 
 def main() -> None:
-    """Run the command line. A user's mistake gives one line on standard error and the error's exit code."""
+    """Run the command line. A user's mistake gives one line on standard error and the error's exit code; Ctrl-C gives 130."""
     try:
         app()
     except TokenworksError as error:
         print(f"tokenworks: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("\ntokenworks: stopped.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
