@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "src").rglob("*.py"))
 
 FAMILIES = ("tokenize", "train", "align", "compress", "compute", "decode", "reason", "prompt", "synth")
-LAYERS = (("core",), FAMILIES, ("testing",), ("reproduce",), ("report", "serve"), ("cli", "__main__"))
+LAYERS = (("core",), FAMILIES, ("testing",), ("reproduce",), ("report", "serve"), ("cli",), ("__main__",))
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 

@@ -56,7 +56,7 @@ _add_verbs()
 
 
 def main() -> None:
-    """Run the command line. A user's mistake gives one line on standard error and the error's exit code; Ctrl-C gives 130."""
+    """Run the command line: a user's mistake gives one line and the error's exit code; Ctrl-C gives 130."""
     try:
         app()
     except TokenworksError as error:
