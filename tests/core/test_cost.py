@@ -21,8 +21,8 @@ def test_a_wider_pass_that_seems_cheaper_is_noise() -> None:
 
 def test_measuring_gives_a_time_for_each_width_and_leaves_an_empty_session() -> None:
     session = Session(tiny_model("llama", max_position_embeddings=256))
-    cost = measure_cost(session, (1, 4, 16), context=16, repeats=2)
-    assert cost.widths == (1, 4, 16)
+    cost = measure_cost(session, (1, 4, 300), context=2000, repeats=2)  # wider and longer than the context
+    assert cost.widths == (1, 4, 300)
     assert min(cost.seconds) > 0
     assert (session.length, session.pending) == (0, 0)
 

@@ -13,6 +13,7 @@ from tokenworks.core.errors import InputError
 from tokenworks.core.files import atomic_write, cache_folder
 from tokenworks.core.measure import machine_facts
 from tokenworks.core.session import Session
+from tokenworks.core.tree import ROOT, TokenTree
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 81)
 """Widths measured by default: dense where a small machine's optimum lies, up to the largest published tree."""
@@ -58,12 +59,13 @@ def measure_cost(
     alternate, so that a slow moment does not fall on one of them alone.
     """
     session.rollback(0)
-    session.prefill([1] * context)
+    session.prefill([1] * min(context, session.context_limit // 2))
     times: dict[int, list[float]] = {width: [] for width in widths}
     for repeat in range(repeats + 1):
         for width in widths:
             begun = time.perf_counter()
-            session.extend([2] * width)
+            # Siblings, so that a wide pass needs no more of the context than a narrow one.
+            session.extend(TokenTree.of([2] * width, [ROOT] * width))
             if repeat:  # the first round warms up
                 times[width].append(time.perf_counter() - begun)
             session.rollback()
