@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.conftest import CONFIGS, tiny_model
-from tokenworks.core.packing import PackedLinear, can_pack, inference_view, tree_attention
+from tokenworks.core.packing import SAME_INPUT, PackedLinear, can_pack, inference_view, tree_attention
 from tokenworks.core.session import Session
 
 
@@ -32,6 +32,25 @@ def test_the_view_shares_what_it_does_not_pack(kind: str) -> None:
     packable = can_pack(next(model.parameters()))
     assert any(isinstance(module, PackedLinear) for module in view.modules()) == packable
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("llama", 2), ("qwen2", 2), ("opt", 2)]
+)  # without bias, with, scaled
+def test_projections_of_one_input_are_one_product(kind: str, layers: int) -> None:
+    model = tiny_model(kind, num_hidden_layers=layers)
+    if not can_pack(next(model.parameters())):
+        pytest.skip("this PyTorch has no oneDNN linear layer")
+    own = {name: layer for name, layer in model.named_modules() if name.endswith(SAME_INPUT)}
+    view = {name: layer for name, layer in inference_view(model).named_modules() if name.endswith(SAME_INPUT)}
+    assert len(own) == len(view) == 3 * layers
+    for order in (SAME_INPUT, SAME_INPUT[::-1], SAME_INPUT):
+        for name in own:
+            attention, x = name.rsplit(".", 1)[0], torch.randn(1, 4, own[name].in_features)
+            for part in (f"{attention}.{projection}" for projection in order):
+                with torch.no_grad():
+                    torch.testing.assert_close(view[part](x), own[part](x))
+    assert not any(layer.kept for layer in view.values()), "a prompt's activations stay in memory"
 
 
 def test_half_precision_is_left_unpacked_and_still_runs() -> None:
