@@ -195,12 +195,13 @@ def fit_tree(acceptance: Mapping[RankPath, float], cost: CostCurve) -> list[Rank
 def measure_acceptance(
     session: Session, prompts: Iterable[Sequence[int]], max_new_tokens: int = 128, stop_ids: Iterable[int] = ()
 ) -> dict[RankPath, float]:
-    """How often each node of the published tree lies on the accepted path of a pass, decoding greedily.
+    """How often each node of the published tree lies on the accepted path of a pass, decoding greedily, with the
+    matrix seeded from each prompt and kept from one to the next.
 
     Args:
         prompts: token ids; of the kind the decoder will meet, but not those it will be judged on.
     """
-    recycler = TokenRecycling(session.vocab_size)
+    recycler = TokenRecycling(session.vocab_size, seed_from_prompt=True)
     decoder = SpeculativeDecoder(session, recycler)
     hits: Counter[RankPath] = Counter()
     passes = 0
