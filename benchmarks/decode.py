@@ -41,8 +41,9 @@ def main(count: int = 24, new_tokens: int = 64) -> None:
     assert isinstance(recycling.drafter, TokenRecycling)
     teacher = TokenRecycling(session.vocab_size)
     teacher.matrix = recycling.drafter.matrix
+    warming = SpeculativeDecoder(session, teacher)
     for ids in track(calibration, "warming the matrix"):
-        SpeculativeDecoder(session, teacher).generate(ids, new_tokens, stops)
+        warming.generate(ids, new_tokens, stops)
 
     def ours(decode: SpeculativeDecoder, ids: list[int]) -> tuple[list[int], int]:
         found = decode.generate(ids, new_tokens, stops)

