@@ -19,6 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tokenworks.core.native import NativeLinear, library
+
 ATTENTION = "tokenworks_tree"
 
 PACK_WIDTH = 16
@@ -53,7 +55,7 @@ class _JointLinear(nn.Module):
     of attention take half the time in one.
     """
 
-    def __init__(self, joint: PackedLinear, rows: slice, kept: list[tuple[Tensor, Tensor]], last: bool) -> None:
+    def __init__(self, joint: nn.Module, rows: slice, kept: list[tuple[Tensor, Tensor]], last: bool) -> None:
         super().__init__()
         self.joint, self.rows, self.kept, self.last = joint, rows, kept, last
 
@@ -65,6 +67,11 @@ class _JointLinear(nn.Module):
         if self.last:  # else the activations of a long prompt would stay in memory
             self.kept.clear()
         return found[..., self.rows]
+
+
+def packed(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The fastest linear layer that this machine has for a weight [out, in] that can be packed."""
+    return PackedLinear(weight.contiguous(), bias) if library() is None else NativeLinear(weight, bias)
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -143,9 +150,9 @@ def _make_view(model: PreTrainedModel) -> PreTrainedModel:
         _join_projections(parent)
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and can_pack(child.weight):
-                setattr(parent, name, PackedLinear(child.weight, child.bias))
+                setattr(parent, name, packed(child.weight, child.bias))
             elif type(child) is Conv1D and can_pack(child.weight):
-                setattr(parent, name, PackedLinear(child.weight.t().contiguous(), child.bias))
+                setattr(parent, name, packed(child.weight.t(), child.bias))
     return view
 
 
@@ -155,7 +162,7 @@ def _join_projections(parent: nn.Module) -> None:
     if len(joinable) < len(SAME_INPUT) or len({(x.in_features, x.bias is None) for x in joinable}) > 1:
         return
     biases = tuple(layer.bias for layer in joinable if layer.bias is not None)
-    joint = PackedLinear(
+    joint = packed(
         torch.cat(tuple(layer.weight for layer in joinable)), torch.cat(biases) if biases else None
     )
     kept: list[tuple[Tensor, Tensor]] = []

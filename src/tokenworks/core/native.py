@@ -1,0 +1,105 @@
+"""The one piece of tokenworks that is not Python: a float32 linear layer for the few rows of a draft tree.
+
+oneDNN and MKL are made for many rows; for one to six they leave half of the memory's bandwidth unused, and it is
+the bandwidth that decoding is bound by. `native.c` is compiled once with the machine's own C compiler, for its own
+processor, into the cache folder. Without a compiler nothing is lost but the speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tokenworks.core.errors import CacheError
+from tokenworks.core.files import atomic_write, cache_folder
+from tokenworks.core.measure import machine_facts
+
+OUTPUTS = 16
+"""Outputs in a block of the layout that `native.c` reads."""
+
+
+class NativeLinear(nn.Module):
+    """`x @ weight.T + bias` in float32 on the CPU. A row's result does not depend on the rows beside it.
+
+    Args:
+        weight: float32 [out, in].
+        bias: float32 [out], or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        blocks = -(-self.out_features // OUTPUTS)
+        padded = weight.new_zeros(blocks * OUTPUTS, self.in_features)
+        padded[: self.out_features] = weight.detach()
+        self.blocks = padded.view(blocks, OUTPUTS, self.in_features).transpose(1, 2).contiguous()
+        self.bias = weight.new_zeros(blocks * OUTPUTS)
+        if bias is not None:
+            self.bias[: self.out_features] = bias.detach()
+        self._linear = library().linear  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        rows = x.numel() // self.in_features
+        pointers = x.data_ptr(), self.blocks.data_ptr(), self.bias.data_ptr(), y.data_ptr()
+        self._linear(*pointers, rows, self.in_features, self.out_features)
+        return y
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """`native.c`, compiled for this machine on the first call ever; None if it has no C compiler with OpenMP."""
+    source = files("tokenworks.core").joinpath("native.c").read_bytes()
+    facts = f"{machine_facts()} {_processor_features()}".encode()
+    path = cache_folder() / "native" / f"{hashlib.sha256(source + facts).hexdigest()[:16]}.so"
+    try:
+        if not path.exists():
+            _compile(source, path)
+        loaded = ctypes.CDLL(str(path))
+    except (OSError, CacheError, subprocess.CalledProcessError):
+        return None
+    loaded.linear.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 3
+    loaded.linear.restype = None
+    return loaded
+
+
+def native_name() -> str | None:
+    """What distinguishes the compiled code from that of other machines and versions; None without it."""
+    found = library()
+    return None if found is None else Path(found._name).stem
+
+
+def _compile(source: bytes, target: Path) -> None:
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise OSError("no C compiler")
+    with tempfile.TemporaryDirectory() as folder:
+        code, parts, built = (Path(folder, name) for name in ("native.c", "native.o", "native.so"))
+        code.write_bytes(source)
+        options = ["-O3", "-march=native", "-fPIC", "-fopenmp"]
+        run = {"check": True, "capture_output": True}
+        subprocess.run([*compiler.split(), *options, "-c", code, "-o", parts], **run)  # type: ignore[call-overload]
+        # Linked without OpenMP: its functions are then found in PyTorch's, and both share one pool of threads.
+        subprocess.run([*compiler.split(), "-shared", parts, "-o", built], **run)  # type: ignore[call-overload]
+        with atomic_write(target, "wb") as out:
+            out.write(built.read_bytes())
+
+
+def _processor_features() -> str:
+    """What the processor can do, as Linux says it: code compiled for one may not run on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
