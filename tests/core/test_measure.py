@@ -208,7 +208,7 @@ def test_errors_name_the_argument(argument: str, call: Callable[[], object]) -> 
 
 def test_machine_facts_are_what_a_timing_depends_on_and_name_no_path() -> None:
     facts = machine_facts()
-    assert set(facts) == {"cpu", "cores", "torch", "transformers", "python", "platform"}
+    assert set(facts) == {"cpu", "cores", "torch", "transformers", "python", "platform", "linear layers"}
     assert all(facts.values())
     # A processor's name may hold a slash ("w/ Radeon Graphics").
     assert not any("/" in str(value) for name, value in facts.items() if name != "cpu")

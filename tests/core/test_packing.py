@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from tests.conftest import CONFIGS, tiny_model
+from tokenworks.core.native import NativeLinear
 from tokenworks.core.packing import SAME_INPUT, PackedLinear, can_pack, inference_view, tree_attention
 from tokenworks.core.session import Session
+
+FAST = (NativeLinear, PackedLinear)
 
 
 @pytest.mark.parametrize("width", [1, 3, 16, 81])
@@ -30,8 +33,8 @@ def test_the_view_shares_what_it_does_not_pack(kind: str) -> None:
     shared = {p.data_ptr() for p in model.parameters()}
     assert all(p.data_ptr() in shared for p in view.parameters())
     packable = can_pack(next(model.parameters()))
-    assert any(isinstance(module, PackedLinear) for module in view.modules()) == packable
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert any(isinstance(module, FAST) for module in view.modules()) == packable
+    assert not any(isinstance(module, FAST) for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -50,13 +53,13 @@ def test_projections_of_one_input_are_one_product(kind: str, layers: int) -> Non
             for part in (f"{attention}.{projection}" for projection in order):
                 with torch.no_grad():
                     torch.testing.assert_close(view[part](x), own[part](x))
-    assert not any(layer.kept for layer in view.values()), "a prompt's activations stay in memory"
+    assert not any(layer.joint.result.numel() for layer in view.values()), "a prompt's activations stay in memory"
 
 
 def test_half_precision_is_left_unpacked_and_still_runs() -> None:
     model = tiny_model("llama", dtype=torch.bfloat16)
     view = inference_view(model)
-    assert not any(isinstance(module, PackedLinear) for module in view.modules())
+    assert not any(isinstance(module, FAST) for module in view.modules())
     logits = Session(model).extend([1, 2, 3])
     assert logits.dtype == torch.float32
     with torch.no_grad():

@@ -25,7 +25,7 @@ from tokenworks.decode.token_recycling import (
     TokenRecycling,
     fit_tree,
     machine_tree,
-    measure_acceptance,
+    measure_yields,
 )
 from tokenworks.testing import ToyTarget, check_drafter
 
@@ -214,21 +214,25 @@ def test_bad_trees_and_k_are_named() -> None:
 
 
 def test_fitted_tree_follows_the_cost_curve() -> None:
-    rates = {(0,): 0.5, (1,): 0.3, (0, 0): 0.3, (0, 1): 0.01}
-    assert fit_tree(rates, CostCurve((1, 5), (1.0, 1.0))) == [(0,), (1,), (0, 0), (0, 1)]  # width is free
-    assert fit_tree(rates, CostCurve((1, 5), (1.0, 5.0))) == []  # width costs all it brings
-    # Each slot costs 0.2: worth it for the three likely nodes, not for the fourth.
-    assert fit_tree(rates, CostCurve((1, 2), (1.0, 1.2))) == [(0,), (1,), (0, 0)]
+    small, large = [(0,)], [(0,), (1,), (0, 0), (0, 1)]
+    yields = [(small, 1.4), (large, 1.8)]
+    assert fit_tree(yields, CostCurve((1, 5), (1.0, 1.0))) == large  # width is free
+    assert fit_tree(yields, CostCurve((1, 5), (1.0, 5.0))) == []  # width costs all it brings
+    assert fit_tree(yields, CostCurve((1, 2), (1.0, 1.2))) == small  # a slot costs 0.2
+    assert fit_tree([], CostCurve((1, 2), (1.0, 1.2))) == []
 
 
-def test_measured_acceptance_counts_accepted_nodes() -> None:
+def test_measured_yields_are_what_the_trees_confirm() -> None:
     session = Session(tiny_model("llama"))
-    rates = measure_acceptance(session, [[1, 2, 3]] * 2, max_new_tokens=40)
-    assert set(rates) == set(PUBLISHED_TREE)
-    decode = SpeculativeDecoder(session, TokenRecycling(97))
-    accepted = [count for _ in range(2) for count in decode.generate([1, 2, 3], 40).accepted]
-    assert 1 + sum(rates.values()) == pytest.approx(sum(accepted) / len(accepted), rel=0.05)
-    assert all(rates[path] <= rates[path[:-1]] for path in PUBLISHED_TREE if len(path) > 1)
+    found = measure_yields(session, [[1, 2, 3]] * 2, max_new_tokens=40, sizes=(3, 80))
+    assert [len(tree) for tree, _ in found] == [3, 80]
+    assert set(found[0][0]) <= set(found[1][0]) == set(PUBLISHED_TREE)
+    for tree, tokens in found:
+        decode = SpeculativeDecoder(session, TokenRecycling(97, tree, seed_from_prompt=True))
+        accepted = [count for _ in range(2) for count in decode.generate([1, 2, 3], 40).accepted]
+        assert tokens == pytest.approx(sum(accepted) / len(accepted))
+    with pytest.raises(InputError, match="no decoding pass"):
+        measure_yields(session, [[1, 2, 3]], max_new_tokens=1)
 
 
 def test_machine_tree_is_a_part_of_the_published_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

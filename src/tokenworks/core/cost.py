@@ -12,7 +12,6 @@ import numpy as np
 from tokenworks.core.errors import InputError
 from tokenworks.core.files import atomic_write, cache_folder
 from tokenworks.core.measure import machine_facts
-from tokenworks.core.native import native_name
 from tokenworks.core.session import Session
 from tokenworks.core.tree import ROOT, TokenTree
 
@@ -82,7 +81,6 @@ def kept_cost(session: Session) -> CostCurve:
         "config": model.config.to_dict(),
         "dtype": str(model.dtype),
         "device": str(model.device),
-        "linear": native_name(),
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     path = cache_folder() / "costs" / f"{key}.json"

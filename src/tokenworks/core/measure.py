@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tokenworks.core.errors import InputError
 from tokenworks.core.fit import FitTest, goodness_of_fit
+from tokenworks.core.native import native_name
 
 __all__ = [
     "FitTest",
@@ -255,13 +256,15 @@ def _turn(names: list[str], turn: int) -> list[str]:
 
 
 def machine_facts() -> dict[str, str | int]:
-    """What a timing depends on: cpu, cores (torch threads), versions; nothing that names a user or a host."""
+    """What a timing depends on: cpu, cores (torch threads), versions, what multiplies; nothing that names a
+    user or a host."""
     return {
         "cpu": _cpu_model(),
         "cores": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "python": platform.python_version(),
+        "linear layers": native_name() or "oneDNN",
         "platform": f"{platform.system()} {platform.machine()}",
     }
 

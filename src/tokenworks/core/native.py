@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -17,12 +18,10 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from tokenworks.core.errors import CacheError
 from tokenworks.core.files import atomic_write, cache_folder
-from tokenworks.core.measure import machine_facts
 
 OUTPUTS = 16
 """Outputs in a block of the layout that `native.c` reads."""
@@ -61,8 +60,7 @@ class NativeLinear(nn.Module):
 def library() -> ctypes.CDLL | None:
     """`native.c`, compiled for this machine on the first call ever; None if it has no C compiler with OpenMP."""
     source = files("tokenworks.core").joinpath("native.c").read_bytes()
-    facts = f"{machine_facts()} {_processor_features()}".encode()
-    path = cache_folder() / "native" / f"{hashlib.sha256(source + facts).hexdigest()[:16]}.so"
+    path = cache_folder() / "native" / f"{hashlib.sha256(source + _processor()).hexdigest()[:16]}.so"
     try:
         if not path.exists():
             _compile(source, path)
@@ -75,9 +73,9 @@ def library() -> ctypes.CDLL | None:
 
 
 def native_name() -> str | None:
-    """What distinguishes the compiled code from that of other machines and versions; None without it."""
+    """The compiled code's name, which says its version and the processor it is for; None without it."""
     found = library()
-    return None if found is None else Path(found._name).stem
+    return None if found is None else f"native {Path(found._name).stem[:8]}"
 
 
 def _compile(source: bytes, target: Path) -> None:
@@ -96,10 +94,13 @@ def _compile(source: bytes, target: Path) -> None:
             out.write(built.read_bytes())
 
 
-def _processor_features() -> str:
-    """What the processor can do, as Linux says it: code compiled for one may not run on another."""
+def _processor() -> bytes:
+    """What the processor is and can do, as far as Linux says it: code compiled for one may not run on another."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        lines = []
+    told = [
+        next((line for line in lines if line.startswith(name)), "") for name in ("model name", "flags", "Features")
+    ]
+    return "\n".join([platform.machine(), *told]).encode()

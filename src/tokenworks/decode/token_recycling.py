@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -51,6 +51,9 @@ PUBLISHED_TREE: tuple[RankPath, ...] = tuple(
     sorted(((*p, i) for p, n in _CHILDREN.items() for i in range(n)), key=lambda path: (len(path), path))
 )
 """The paper's static template, chosen once by its authors on a small development set for all models."""
+
+SIZES = (2, 3, 5, 8, 11, 14, 17, 23, 29, 47, 80)
+"""Sizes of tree to choose among; 5, 11, 17, ... with their root fill passes of 6, 12, 18, ... slots."""
 
 
 class TokenRecycling:
@@ -172,57 +175,72 @@ class _Template:
         return self.of(tuple(path for path in self.paths if len(path) <= depth))
 
 
-def fit_tree(acceptance: Mapping[RankPath, float], cost: CostCurve) -> list[RankPath]:
-    """The subtree that decodes fastest on this machine.
-
-    A node n of the tree is on the accepted path of a pass with probability a(n), so a tree S yields
-    1 + sum of a(n) over S tokens a pass, and a pass over |S| + 1 slots costs `cost`. A child is never accepted
-    more often than its parent, so the best S of a given size is simply its likeliest nodes.
+def fit_tree(yields: Iterable[tuple[Sequence[RankPath], float]], cost: CostCurve) -> list[RankPath]:
+    """The tree that decodes fastest on this machine: most tokens a pass for what a pass of its width costs.
 
     Args:
-        acceptance: for each rank path how often it was on the accepted path, in [0, 1] (`measure_acceptance`).
+        yields: trees, each with the tokens that a pass over it confirms on average (`measure_yields`).
         cost: seconds of a pass against its width.
     """
-    ranked = sorted(acceptance, key=lambda path: (-acceptance[path], len(path), path))
-    best, best_speed, tokens = 0, 1 / cost(1), 1.0
-    for size, path in enumerate(ranked, start=1):
-        tokens += acceptance[path]
-        if tokens / cost(size + 1) > best_speed:
-            best, best_speed = size, tokens / cost(size + 1)
-    return ranked[:best]
+    plain: tuple[Sequence[RankPath], float] = ((), 1.0)
+    return list(max([plain, *yields], key=lambda found: found[1] / cost(len(found[0]) + 1))[0])
 
 
-def measure_acceptance(
-    session: Session, prompts: Iterable[Sequence[int]], max_new_tokens: int = 128, stop_ids: Iterable[int] = ()
-) -> dict[RankPath, float]:
-    """How often each node of the published tree lies on the accepted path of a pass, decoding greedily, with the
-    matrix seeded from each prompt and kept from one to the next.
+def measure_yields(
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 128,
+    stop_ids: Iterable[int] = (),
+    sizes: Sequence[int] = SIZES,
+) -> list[tuple[list[RankPath], float]]:
+    """The published tree's likeliest nodes, in trees of several sizes, and what a pass over each confirms.
+
+    How often a node of the published tree is accepted ranks the nodes. A child is never accepted more often than
+    its parent, so the first n of them are the best tree of n nodes. What that tree confirms must be measured with
+    the tree itself: it also refills fewer rows of the matrix than the published one.
+
+    Decodes greedily, the matrix cold at first, seeded from each prompt and kept from one to the next.
 
     Args:
         prompts: token ids; of the kind the decoder will meet, but not those it will be judged on.
+        sizes: nodes of the trees to measure.
+
+    Raises:
+        InputError: the model ends every prompt at once, so that nothing can be measured.
     """
-    recycler = TokenRecycling(session.vocab_size, seed_from_prompt=True)
-    decoder = SpeculativeDecoder(session, recycler)
+    stops = list(stop_ids)
+    _, hits = _decode_all(session, PUBLISHED_TREE, prompts, max_new_tokens, stops)
+    ranked = sorted(PUBLISHED_TREE, key=lambda path: (-hits[path], len(path), path))
+    trees = [ranked[:size] for size in sizes]
+    return [(tree, _decode_all(session, tree, prompts, max_new_tokens, stops)[0]) for tree in trees]
+
+
+def _decode_all(
+    session: Session, tree: Sequence[RankPath], prompts: Iterable[Sequence[int]], limit: int, stops: list[int]
+) -> tuple[float, Counter[RankPath]]:
+    """Tokens confirmed a pass, and how often each node was accepted."""
+    decoder = SpeculativeDecoder(session, TokenRecycling(session.vocab_size, tree, seed_from_prompt=True))
+    accepted: list[int] = []
     hits: Counter[RankPath] = Counter()
-    passes = 0
     for prompt in prompts:
-        generation = decoder.generate(prompt, max_new_tokens, stop_ids)
-        passes += len(generation.accepted)
+        generation = decoder.generate(prompt, limit, stops)
+        accepted += generation.accepted
         path: RankPath = ()
         for step in generation.steps:
             path = () if step.rank is None else (*path, step.rank)
             if path:
                 hits[path] += 1
-    if not passes:
+    if not accepted:
         raise InputError("prompts: no decoding pass was made; give prompts that the model continues")
-    return {path: hits[path] / passes for path in PUBLISHED_TREE}
+    return sum(accepted) / len(accepted), hits
 
 
 def machine_tree(session: Session) -> list[RankPath]:
-    """The tree for this model's cost curve on this machine and the acceptance rates that come with tokenworks.
+    """The tree for this model's cost curve on this machine and the yields that come with tokenworks.
 
-    Those were measured with SmolLM2-135M on the calibration prompts (`benchmarks/tree_acceptance.py`). For another
-    kind of text or model: `fit_tree(measure_acceptance(session, prompts), kept_cost(session))`.
+    Those were measured with SmolLM2-135M on the calibration prompts (`benchmarks/tree_yields.py`). For another
+    kind of text or model: `fit_tree(measure_yields(session, prompts), kept_cost(session))`.
     """
-    rates = json.loads(files("tokenworks.decode").joinpath("token_recycling.json").read_text())
-    return fit_tree({tuple(path): rate for path, rate in rates}, kept_cost(session))
+    kept = json.loads(files("tokenworks.decode").joinpath("token_recycling.json").read_text())
+    ranked = [tuple(path) for path in kept["nodes"]]
+    return fit_tree([(ranked[:size], found) for size, found in kept["yields"]], kept_cost(session))

@@ -1,6 +1,6 @@
-"""Measure how often each node of Token Recycling's published tree is accepted, on the calibration prompts.
+"""Measure what a pass of Token Recycling confirms with trees of several sizes, on the calibration prompts.
 
-    python benchmarks/tree_acceptance.py     # writes src/tokenworks/decode/token_recycling.json, in minutes
+    python benchmarks/tree_yields.py     # writes src/tokenworks/decode/token_recycling.json, in ten minutes
 
 Text and matrix are deterministic, so the figures depend on the model alone, not on the machine.
 """
@@ -15,7 +15,7 @@ from tokenworks.core.files import atomic_write
 from tokenworks.core.models import load
 from tokenworks.core.session import Session
 from tokenworks.core.text import encode_prompt, stop_ids
-from tokenworks.decode.token_recycling import measure_acceptance
+from tokenworks.decode.token_recycling import measure_yields
 
 TARGET = Path(__file__).parents[1] / "src/tokenworks/decode/token_recycling.json"
 
@@ -23,11 +23,13 @@ TARGET = Path(__file__).parents[1] / "src/tokenworks/decode/token_recycling.json
 def main() -> None:
     loaded = load("smollm2-135m")
     ids = [encode_prompt(loaded.tokenizer, prompt.text) for prompt in prompts(split="calibration")]
-    rates = measure_acceptance(Session(loaded.model), ids, 128, stop_ids(loaded.model, loaded.tokenizer))
+    found = measure_yields(Session(loaded.model), ids, stop_ids=stop_ids(loaded.model, loaded.tokenizer))
     with atomic_write(TARGET) as out:
-        lines = ",\n".join(json.dumps([list(path), round(rate, 4)]) for path, rate in rates.items())
-        out.write(f"[\n{lines}\n]\n")
-    print(f"1 + {sum(rates.values()):.2f} tokens a pass; written to {TARGET}")
+        nodes = max((tree for tree, _ in found), key=len)
+        out.write('{"yields": ' + json.dumps([[len(tree), round(tokens, 4)] for tree, tokens in found]) + ",\n")
+        out.write('"nodes": ' + json.dumps(nodes) + "}\n")
+    for tree, tokens in found:
+        print(f"{len(tree):3} nodes: {tokens:.3f} tokens a pass")
 
 
 if __name__ == "__main__":
