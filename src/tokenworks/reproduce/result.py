@@ -108,4 +108,4 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        return cls.from_dict(json.loads(path.read_text()))
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
