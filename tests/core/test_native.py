@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.conftest import tiny_model
 from tokenworks.core import native
-from tokenworks.core.native import NativeLinear, library, native_name
+from tokenworks.core.native import NativeLinear, NativeRMSNorm, library, native_name
 from tokenworks.core.packing import PackedLinear, can_pack, inference_view
 from tokenworks.core.session import Session
 
@@ -78,3 +78,20 @@ def test_a_compiler_that_fails_is_no_compiler(empty_cache: Path, monkeypatch: py
     monkeypatch.setenv("CC", "false")
     assert library() is None
     assert not list(empty_cache.rglob("*.so"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])  # scaled by the weight, and by one more
+def test_it_is_the_models_own_normalisation(kind: str) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(kind)
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    own = {name: module for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")}
+    assert own
+    view = dict(inference_view(model).named_modules())
+    for name, norm in own.items():
+        x = torch.randn(1, 7, len(norm.weight))
+        assert isinstance(view[name], NativeRMSNorm)
+        with torch.no_grad():
+            torch.testing.assert_close(view[name](x), norm(x))

@@ -1,10 +1,11 @@
-// y = x w^T + b for the few rows of a draft tree, in float32.
+// What a forward pass over the few rows of a draft tree spends its time on, in float32.
 //
-// Such a product is bound by reading the weights, so they are laid out in the order they are read: in blocks of 16
+// The product y = x w^T + b is bound by reading the weights, so they are laid out in the order they are read: in blocks of 16
 // outputs, in a block one input after another. While one block is multiplied, the next is brought into the cache.
 // Six rows share a block while it is in the registers; and since a sum is always formed in the order of the inputs,
 // a row's result is the same bits whatever rows stand beside it.
 
+#include <math.h>
 #include <string.h>
 
 enum { LANES = 8, OUTPUTS = 2 * LANES, ROWS = 6, PANEL = 48, LEVEL_2 = 2 };
@@ -77,5 +78,17 @@ void linear(const float *x, const float *w, const float *b, float *y, long rows,
             for (long row = 0; row < count; row++)
                 memcpy(out + row * outputs + whole * OUTPUTS, edge + row * OUTPUTS, rest * sizeof(float));
         }
+    }
+}
+
+// y = x / sqrt(mean(x^2) + epsilon) * scale, row by row: x and y [rows, width], scale [width].
+void rms_norm(const float *x, const float *scale, float *y, long rows, long width, float epsilon)
+{
+    for (long row = 0; row < rows; row++, x += width, y += width) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (long i = 0; i < width; i++) sum += x[i] * x[i];
+        const float factor = 1 / sqrtf(sum / width + epsilon);
+        for (long i = 0; i < width; i++) y[i] = x[i] * factor * scale[i];
     }
 }

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from tokenworks.core.native import NativeLinear, library
+from tokenworks.core.native import NativeLinear, NativeRMSNorm, library
 
 ATTENTION = "tokenworks_tree"
 
@@ -169,7 +169,25 @@ def _make_view(model: PreTrainedModel) -> PreTrainedModel:
                 setattr(parent, name, packed(child.weight, child.bias))
             elif type(child) is Conv1D and can_pack(child.weight):
                 setattr(parent, name, packed(child.weight.t(), child.bias))
+            elif type(child).__name__.endswith("RMSNorm"):
+                setattr(parent, name, _faster_norm(child))
     return view
+
+
+def _faster_norm(norm: nn.Module) -> nn.Module:
+    """The compiled layer that does what `norm` does, or `norm` itself.
+
+    Some models scale by the weight and some by one more than it, so this tries which gives the same numbers.
+    """
+    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if weight is None or epsilon is None or not can_pack(weight) or library() is None:
+        return norm
+    x = torch.linspace(-2, 3, 2 * len(weight)).view(1, 2, -1)
+    for scale in (weight, 1 + weight):
+        native = NativeRMSNorm(scale, epsilon)
+        if torch.allclose(native(x), norm(x), atol=1e-5):
+            return native
+    return norm
 
 
 def _join_projections(parent: nn.Module) -> None:

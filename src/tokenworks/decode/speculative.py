@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -185,7 +186,7 @@ class SpeculativeDecoder:
     def _steps(self, draft: Draft | None, logits: Tensor, verdict: Verdict, number: int) -> list[Step]:
         """A Step for each accepted draft token and for the bonus; `logits` [N, V] at the nodes of the tree."""
         rows = torch.log_softmax(logits[verdict.path], dim=-1)
-        bits = (torch.special.entr(rows.exp()).sum(-1) / torch.log(torch.tensor(2.0))).tolist()
+        bits = (-(rows.exp() * rows.clamp(min=torch.finfo(rows.dtype).min)).sum(-1) / math.log(2)).tolist()
         steps = []
         for depth, node in enumerate(verdict.path[1:], start=1):
             assert draft is not None
