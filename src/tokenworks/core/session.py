@@ -78,7 +78,7 @@ class Session:
         """Committed token ids."""
         self._view = inference_view(model)
         self._device, self._dtype = model.device, model.dtype
-        self._cache = _SlotCache()
+        self._cache = SlotCache()
         self._forget_pending()
         if config.model_type not in PROVED:
             prove_trees(self)
@@ -278,7 +278,7 @@ class Session:
         return bias.masked_fill_(~torch.stack(channels), lowest)
 
 
-class _SlotCache:
+class SlotCache:
     """Keys and values in preallocated slots, behind the two methods of `transformers.Cache` that models call."""
 
     def __init__(self) -> None:
