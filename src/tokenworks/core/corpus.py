@@ -1,8 +1,8 @@
 """Text that every Python carries with it, and small tokenizers: what small models are trained on.
 
-Python's own documentation: the language reference that `help()` shows, and the docstrings of the standard library,
-read from its source files without importing them. About 1.7 MB of English prose with code in it. It differs a little
-between versions of Python, so a model kept with the project says which one it saw.
+Python's own documentation: the language reference that `help()` shows, and the docstrings of the standard
+library, read from its source files without importing them. About 1.7 MB of English prose with code in it. It
+differs a little between versions of Python, so a model kept with the project says which one it saw.
 """
 
 from __future__ import annotations
