@@ -21,7 +21,7 @@ from torch import Tensor
 from tokenworks.core.measure import FitTest, goodness_of_fit
 from tokenworks.core.sampling import Sampling
 from tokenworks.core.session import Engine, Reader
-from tokenworks.core.tree import ROOT, TokenTree, TreeShape
+from tokenworks.core.tree import ROOT, TokenTree
 from tokenworks.decode.contract import Draft, Drafter, Law, Verdict, Verifier
 from tokenworks.decode.speculative import SpeculativeDecoder
 
@@ -35,7 +35,8 @@ class ToyTarget:
     """
 
     def __init__(self, vocab_size: int = 3, seed: int = 0) -> None:
-        self.vocab_size, self.context_limit = vocab_size, 64
+        self.vocab_size = self.input_size = vocab_size
+        self.context_limit, self.device = 64, torch.device("cpu")
         self.table = 0.7 * torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(seed))
         self.tokens: list[int] = []
         self._pending: list[int] = []
@@ -52,7 +53,7 @@ class ToyTarget:
 
     def extend(self, tokens: Sequence[int] | Tensor | TokenTree) -> Tensor:
         ids = tokens.tokens if isinstance(tokens, TokenTree) else torch.as_tensor(tokens)
-        self._pending = ids.tolist()
+        self._pending += ids.tolist()
         return self.table[ids]
 
     def commit(self, path: Sequence[int] | None = None) -> None:
@@ -77,17 +78,16 @@ class ToyTarget:
 
 
 class ToyDrafter:
-    """Two children for each node, two levels deep, drawn by `law` from a random table of draft distributions."""
+    """Two children for each node (one if the law is SINGLE), two levels deep, from a random draft distribution."""
 
     name = "toy"
-    _SHAPE = TreeShape((ROOT, 0, 0, 1, 1, 2, 2))
 
     def __init__(self, law: Law, vocab_size: int = 3, seed: int = 1) -> None:
         self.law = law
         self._random = torch.Generator().manual_seed(seed)
         self.table = torch.softmax(torch.randn(vocab_size, vocab_size, generator=self._random), dim=-1)
 
-    def start(self, prompt: Sequence[int]) -> None:
+    def start(self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator | None) -> None:
         pass
 
     def propose(self, context: Sequence[int], room: int) -> Draft:
@@ -95,11 +95,12 @@ class ToyDrafter:
             return Draft(
                 TokenTree.of([context[-1]], [ROOT]), None if self.law is Law.FIXED else self.table[[context[-1]]]
             )
-        tokens = [context[-1]]
-        for node in range(3):
-            tokens += self._children(self.table[tokens[node]])
+        tokens, parents = [context[-1]], [ROOT]
+        for node in range(3 if self.law is not Law.SINGLE else 2):
+            children = self._children(self.table[tokens[node]])
+            tokens, parents = tokens + children, parents + [node] * len(children)
         probabilities = None if self.law is Law.FIXED else self.table[tokens]
-        return Draft(TokenTree(torch.tensor(tokens), self._SHAPE), probabilities)
+        return Draft(TokenTree.of(tokens, parents), probabilities)
 
     def observe(self, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
         pass
@@ -107,7 +108,8 @@ class ToyDrafter:
     def _children(self, q: Tensor) -> list[int]:
         if self.law is Law.FIXED:
             return q.topk(2).indices.tolist()
-        return torch.multinomial(q, 2, self.law is Law.INDEPENDENT, generator=self._random).tolist()
+        count = 1 if self.law is Law.SINGLE else 2
+        return torch.multinomial(q, count, self.law is Law.INDEPENDENT, generator=self._random).tolist()
 
 
 def check_verifier(
@@ -195,7 +197,7 @@ def check_drafter(
     plain = SpeculativeDecoder(session)
     for prompt in prompts:
         expected = plain.generate(prompt, max_new_tokens).token_ids
-        watched = SpeculativeDecoder(session, _WatchedDrafter(drafter, session.vocab_size))
+        watched = SpeculativeDecoder(session, _WatchedDrafter(drafter, session))
         found = watched.generate(prompt, max_new_tokens)
         assert found.token_ids == expected, f"{drafter.name}: {found.token_ids} differs from plain {expected}"
         assert found.target_passes <= len(expected), f"{drafter.name}: more passes than tokens"
@@ -210,8 +212,8 @@ def check_drafter(
 class _WatchedDrafter:
     """A drafter whose every draft is looked at before it is used."""
 
-    def __init__(self, drafter: Drafter, vocab_size: int) -> None:
-        self.name, self.law, self._inner, self._vocab_size = drafter.name, drafter.law, drafter, vocab_size
+    def __init__(self, drafter: Drafter, session: Engine) -> None:
+        self.name, self.law, self._inner, self._session = drafter.name, drafter.law, drafter, session
         self.start, self.observe = drafter.start, drafter.observe
 
     def propose(self, context: Sequence[int], room: int) -> Draft:
@@ -221,14 +223,19 @@ class _WatchedDrafter:
         assert tree.shape.parents.count(ROOT) == 1, f"{name}: all nodes but node 0 must lie under node 0"
         depth = int(tree.shape.depths.max())
         assert depth <= room, f"{name}: the draft is {depth} levels deep, but there is room for {room}"
-        inside = int(tree.tokens.min()) >= 0 and int(tree.tokens.max()) < self._vocab_size
-        assert inside, f"{name}: a token is not in the vocabulary of {self._vocab_size}"
+        inside = int(tree.tokens.min()) >= 0 and int(tree.tokens.max()) < self._session.input_size
+        assert inside, f"{name}: a token is not one of the model's {self._session.input_size} inputs"
+        for node, children in enumerate(tree.shape.children):
+            assert set(draft.drawn(node)) == set(children), f"{name}: draws of node {node} are not its children"
         assert (q is None) == (self.law is Law.FIXED), (
             f"{name}: probabilities are for drafts that are drawn, not FIXED"
         )
         if q is not None:
-            assert q.shape == (len(tree), self._vocab_size), (
-                f"{name}: probabilities are {list(q.shape)}, not [N, V]"
-            )
-            assert torch.allclose(q.sum(-1), torch.ones(len(tree)), atol=1e-4), f"{name}: a row does not sum to 1"
+            shape = (len(tree), self._session.vocab_size)
+            assert q.shape == shape, f"{name}: probabilities are {list(q.shape)}, not [N, V]"
+            for node, children in enumerate(tree.shape.children):
+                if children:
+                    assert abs(float(q[node].sum()) - 1) < 1e-4, f"{name}: a row does not sum to 1"
+                    chances = q[node, tree.tokens[list(children)]]
+                    assert bool((chances > 0).all()), f"{name}: a child could not have been drawn from its row"
         return draft

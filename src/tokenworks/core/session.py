@@ -12,7 +12,7 @@ knows of sampling.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,7 +38,10 @@ class Engine(Protocol):
     """What a decoder needs of a model: `Session`, or another engine that stands in for it."""
 
     vocab_size: int
+    input_size: int
     context_limit: int
+    device: torch.device
+    tokens: list[int]
 
     @property
     def length(self) -> int: ...
@@ -58,13 +61,22 @@ class Session:
     Args:
         model: a decoder-only Hugging Face model; it is not changed.
         max_length: most tokens the session may hold, at most the model's context (the default).
+        extra_embeddings: float [m, d], inputs beyond the model's own: id `input_size - m + i` stands for row i,
+            which goes into the first layer as it is. None: no such ids.
+
+    Attributes:
+        vocab_size: V, the width of the logits.
+        input_size: ids from 0 to here may be put in. More than V with extra embeddings, or with a model whose
+            head knows only a part of what it reads.
 
     Raises:
         UnsupportedModelError: the architecture cannot run token trees (recurrent state, encoder-decoder, ...).
-        InputError: `max_length` is out of range.
+        InputError: `max_length` is out of range, or `extra_embeddings` are not of the model's width.
     """
 
-    def __init__(self, model: PreTrainedModel, max_length: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, max_length: int | None = None, extra_embeddings: Tensor | None = None
+    ) -> None:
         refuse_unsupported(model)
         config = model.config.get_text_config(decoder=True)
         context = getattr(config, "max_position_embeddings", None) or 1 << 20
@@ -73,11 +85,18 @@ class Session:
         self.model = model
         self.context_limit: int = max_length or context
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        embeddings: Any = model.get_input_embeddings()
+        own, width = embeddings.weight.shape
+        if extra_embeddings is not None and extra_embeddings.shape[1:] != (width,):
+            raise InputError(f"extra_embeddings: expected [m, {width}], got {list(extra_embeddings.shape)}")
+        self.input_size: int = own + (0 if extra_embeddings is None else len(extra_embeddings))
+        self._extra = extra_embeddings
         self.window: int | None = sliding_window(config)
         self.tokens: list[int] = []
         """Committed token ids."""
         self._view = inference_view(model)
-        self._device, self._dtype = model.device, model.dtype
+        self.device: torch.device = model.device
+        self._dtype = model.dtype
         self._cache = SlotCache()
         self._forget_pending()
         if config.model_type not in PROVED:
@@ -206,10 +225,10 @@ class Session:
             raise InputError("tokens: empty; give at least one token id")
         if ids.dim() != 1 or ids.is_floating_point():
             raise InputError(f"tokens: expected one sequence of integer ids, got {ids.dtype} {list(ids.shape)}")
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            bad = ids[(ids < 0) | (ids >= self.vocab_size)][0]
+        if ids.min() < 0 or ids.max() >= self.input_size:
+            bad = ids[(ids < 0) | (ids >= self.input_size)][0]
             raise InputError(
-                f"tokens: id {int(bad)} is outside the model's vocabulary of {self.vocab_size}; "
+                f"tokens: id {int(bad)} is outside the model's vocabulary of {self.input_size}; "
                 "do the tokens come from another model's tokenizer?"
             )
         return ids.long()
@@ -238,9 +257,9 @@ class Session:
         positions = before + depths
         self._cache.begin(before + first, len(tree))
         logits = self._view(
-            input_ids=tree.tokens.to(self._device)[None],
-            position_ids=positions[first:].to(self._device)[None],
-            attention_mask=self._bias(positions, ancestors[first:], first).to(self._device),
+            **self._inputs(tree.tokens.to(self.device)),
+            position_ids=positions[first:].to(self.device)[None],
+            attention_mask=self._bias(positions, ancestors[first:], first).to(self.device),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=keep_logits,
@@ -249,6 +268,15 @@ class Session:
         self._pending_parents += tree.shape.parents
         self._pending_depths, self._pending_ancestors = depths, ancestors
         return logits
+
+    def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        if self._extra is None:
+            return {"input_ids": ids[None]}
+        own = self.input_size - len(self._extra)
+        rows = self._view.get_input_embeddings()(ids.clamp(max=own - 1))
+        beyond = ids >= own
+        rows[beyond] = self._extra[ids[beyond] - own].to(rows)
+        return {"inputs_embeds": rows[None]}
 
     def _grow(self, shape: TreeShape) -> tuple[Tensor, Tensor]:
         """Depths [n] and ancestors [n, n] of all pending nodes once `shape` has joined them."""

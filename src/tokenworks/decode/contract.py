@@ -6,7 +6,7 @@ alone answers for the output following the target's distribution; a drafter can 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -23,6 +23,7 @@ class Law(Enum):
     """How the children of a node were drawn; a verifier states which of these it is exact for."""
 
     FIXED = "a fixed function of what came before"
+    SINGLE = "a single draw from the draft distribution"
     INDEPENDENT = "independent draws from the draft distribution"
     WITHOUT_REPLACEMENT = "draws without replacement from the draft distribution"
 
@@ -34,12 +35,19 @@ class Draft:
     Args:
         tree: N >= 1 nodes. Node 0 is the root: the last confirmed token, not yet in the target's cache. All other
             nodes lie under it.
-        probabilities: float32 [N, V], for each node the distribution its children were drawn from; None when the
-            law is FIXED.
+        probabilities: float32 [N, V], for each node the distribution its children were drawn from; rows of nodes
+            without children mean nothing. None when the law is FIXED.
+        draws: for each node its children in the order in which they were drawn, one of them several times if it
+            was; None if that is the order of the tree.
     """
 
     tree: TokenTree
     probabilities: Tensor | None = None
+    draws: Sequence[Sequence[int]] | None = None
+
+    def drawn(self, node: int) -> Sequence[int]:
+        """The children of `node` in the order in which they were drawn."""
+        return (self.tree.shape.children if self.draws is None else self.draws)[node]
 
 
 @dataclass(frozen=True)
@@ -63,8 +71,8 @@ class Drafter(Protocol):
     name: str
     law: Law
 
-    def start(self, prompt: Sequence[int]) -> Reader | None:
-        """A new sequence begins with these token ids.
+    def start(self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator | None) -> Reader | None:
+        """A new sequence begins with these token ids, sampled like this; all draws come from `generator`.
 
         Returns:
             None, or a function that is to be given the target's logits over the prompt as they are computed.
@@ -89,13 +97,33 @@ class Verifier(Protocol):
         """Choose a path of `draft` and the token after it, given the target's logits [N, V] at its nodes."""
 
 
+def descend(draft: Draft, select: Callable[[int], tuple[int, float]]) -> Verdict:
+    """Walk down from the root for as long as the tree holds what `select` chooses.
+
+    Args:
+        select: given a node, the token that follows it in the output, and the chance with which it was taken. Its
+            draws must not depend on anything drawn below the node; then going on into whichever child holds the
+            token is exact, also if the token was not taken from that child.
+    """
+    tokens, children = draft.tree.tokens.tolist(), draft.tree.shape.children
+    path: list[int] = [0]
+    chances: list[float] = []
+    while True:
+        token, chance = select(path[-1])
+        match = next((child for child in children[path[-1]] if tokens[child] == token), None)
+        if match is None:
+            return Verdict(path, token, chances)
+        path.append(match)
+        chances.append(chance)
+
+
 class Autoregressive:
     """The drafter that proposes nothing: plain decoding, one token a pass."""
 
     name = "autoregressive"
     law = Law.FIXED
 
-    def start(self, prompt: Sequence[int]) -> None:
+    def start(self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator | None) -> None:
         """Nothing to prepare."""
 
     def propose(self, context: Sequence[int], room: int) -> Draft:
@@ -119,21 +147,14 @@ class TokenMatching:
     def verify(
         self, draft: Draft, logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     ) -> Verdict:
-        tokens, children = draft.tree.tokens.tolist(), draft.tree.shape.children
         # One argmax over all rows is cheaper than one at each node that the walk visits.
         greedy = logits.argmax(-1).tolist() if sampling.greedy else None
-        path: list[int] = [0]
-        chances: list[float] = []
-        while True:
-            node = path[-1]
+
+        def select(node: int) -> tuple[int, float]:
             if greedy is not None:
-                drawn, chance = greedy[node], 1.0
-            else:
-                p = sampling.distribution(logits[node])
-                drawn = int(torch.multinomial(p, 1, generator=generator))
-                chance = float(p[drawn])
-            match = next((child for child in children[node] if tokens[child] == drawn), None)
-            if match is None:
-                return Verdict(path, drawn, chances)
-            path.append(match)
-            chances.append(chance)
+                return greedy[node], 1.0
+            p = sampling.distribution(logits[node])
+            token = int(torch.multinomial(p, 1, generator=generator))
+            return token, float(p[token])
+
+        return descend(draft, select)

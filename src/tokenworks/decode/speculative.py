@@ -146,8 +146,8 @@ class SpeculativeDecoder:
         session, begun, result = self.session, time.perf_counter(), Generation()
         session.rollback(0)
 
-        logits = session.prefill(ids, self.drafter.start(ids))[None]
-        generator = None if seed is None else torch.Generator(logits.device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(session.device).manual_seed(seed)
+        logits = session.prefill(ids, self.drafter.start(ids, self.sampling, generator))[None]
         verdict = Verdict([0], self.sampling.draw(logits[0], generator), [])
         new, steps = [verdict.bonus], self._steps(None, logits, verdict, 0)
         while True:

@@ -27,7 +27,7 @@ from torch import Tensor
 from tokenworks.core.cost import CostCurve, kept_cost
 from tokenworks.core.errors import InputError
 from tokenworks.core.files import atomic_write
-from tokenworks.core.sampling import top_ids
+from tokenworks.core.sampling import Sampling, top_ids
 from tokenworks.core.session import Reader, Session
 from tokenworks.core.tree import TokenTree, TreeShape
 from tokenworks.decode.contract import Draft, Law, Verdict
@@ -99,7 +99,7 @@ class TokenRecycling:
         """Forget everything: the next generation starts cold."""
         self.matrix.zero_()
 
-    def start(self, prompt: Sequence[int]) -> Reader | None:
+    def start(self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator | None) -> Reader | None:
         """What earlier prompts taught stays in the matrix; this one's logits seed it if that is asked for."""
         return self._learn if self.seed_from_prompt else None
 
