@@ -21,6 +21,15 @@ def generate(
     method: Annotated[
         str, typer.Option("--method", help="The decoder's slug; autoregressive is plain decoding.")
     ] = "token-recycling",
+    draft: Annotated[
+        str | None, typer.Option("--draft", help="The drafter, instead of the method's: rsd-s, dyspec, ...")
+    ] = None,
+    verify: Annotated[
+        str | None, typer.Option("--verify", help="The verifier, instead of the drafter's: k-seq, ...")
+    ] = None,
+    draft_model: Annotated[
+        str | None, typer.Option("--draft-model", help="Your own draft model, for drafters that need one.")
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.")
     ] = 128,
@@ -50,6 +59,8 @@ def generate(
 
         tokenworks generate "def fib(n):" --raw -n 64 --method autoregressive
 
+        tokenworks generate "Name three rivers." --draft rsd-s --verify token-matching --temperature 0.8
+
         tokenworks generate - --model ./my-model --temperature 0.8 --seed 7 --json < prompt.txt
     """
     if trace_out is not None and trace_out.suffix not in (".html", ".json"):
@@ -65,14 +76,15 @@ def generate(
     from tokenworks.core.sampling import Sampling
     from tokenworks.core.session import Session
     from tokenworks.core.text import encode_prompt, stop_ids
-    from tokenworks.decode import METHODS, decoder
+    from tokenworks.decode import check_names, decoder, open_draft
 
-    if method not in METHODS:
-        raise InputError(f"method: no decoder {method!r}; there are {', '.join(METHODS)}")
+    check_names(method, draft, verify)
     sampling = Sampling(temperature, top_k, top_p)
     loaded = load(model)
     ids = encode_prompt(loaded.tokenizer, text, raw)
-    decode = decoder(Session(loaded.model), method, sampling)
+    session = Session(loaded.model)
+    drafts = None if draft_model is None else open_draft(session, loaded.tokenizer, draft_model)
+    decode = decoder(session, method, sampling, draft=draft, verify=verify, draft_model=drafts)
     streamer = TextStreamer(loaded.tokenizer, skip_special_tokens=True)
 
     def stream(new: list[int]) -> None:
@@ -89,6 +101,8 @@ def generate(
             "tokens_per_second": result.tokens_per_second,
             "target_passes": result.target_passes,
             "method": method,
+            "draft": decode.drafter.name,
+            "verify": decode.verifier.name,
             "model": model,
             "seed": seed,
             "finish_reason": result.finish_reason,
@@ -98,7 +112,8 @@ def generate(
         streamer.end()
         typer.echo(
             f"{len(result.token_ids)} tokens in {result.target_passes} passes of the model, "
-            f"{result.tokens_per_second:.1f} tokens/s ({method}, {result.finish_reason})",
+            f"{result.tokens_per_second:.1f} tokens/s "
+            f"({decode.drafter.name} + {decode.verifier.name}, {result.finish_reason})",
             err=True,
         )
     if trace or trace_out:

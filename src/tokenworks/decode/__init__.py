@@ -10,47 +10,40 @@ generation = decoder(Session(loaded.model), "token-recycling").generate(prompt_i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from tokenworks.core.errors import InputError
-from tokenworks.core.sampling import Sampling
-from tokenworks.core.session import Session
 from tokenworks.decode.contract import Autoregressive, Draft, Drafter, Law, TokenMatching, Verdict, Verifier
+from tokenworks.decode.draft_model import DraftModel
+from tokenworks.decode.dyspec import DynamicTree
+from tokenworks.decode.registry import DRAFTERS, METHODS, VERIFIERS, check_names, decoder, open_draft
+from tokenworks.decode.rsd import ConstantBranching, RecursiveRejection, StochasticBeam
+from tokenworks.decode.spectr import IndependentDrafts, KSequential
 from tokenworks.decode.speculative import Generation, SpeculativeDecoder
-from tokenworks.decode.token_recycling import TokenRecycling, machine_tree
+from tokenworks.decode.speculative_sampling import DraftChain, SpeculativeSampling
+from tokenworks.decode.token_recycling import TokenRecycling
 
 __all__ = [
+    "DRAFTERS",
     "METHODS",
+    "VERIFIERS",
     "Autoregressive",
+    "ConstantBranching",
     "Draft",
+    "DraftChain",
+    "DraftModel",
     "Drafter",
+    "DynamicTree",
     "Generation",
+    "IndependentDrafts",
+    "KSequential",
     "Law",
+    "RecursiveRejection",
     "SpeculativeDecoder",
+    "SpeculativeSampling",
+    "StochasticBeam",
     "TokenMatching",
     "TokenRecycling",
     "Verdict",
     "Verifier",
+    "check_names",
     "decoder",
+    "open_draft",
 ]
-
-METHODS: dict[str, Callable[[Session], Drafter]] = {
-    Autoregressive.name: lambda session: Autoregressive(),
-    TokenRecycling.name: lambda session: TokenRecycling(
-        session.vocab_size, machine_tree(session), seed_from_prompt=True
-    ),
-}
-"""Decoding methods by slug: each makes the drafter for a session, at its best settings for this machine."""
-
-
-def decoder(
-    session: Session, method: str = TokenRecycling.name, sampling: Sampling | None = None
-) -> SpeculativeDecoder:
-    """The decoder that a slug of `METHODS` names.
-
-    Raises:
-        InputError: no such method.
-    """
-    if method not in METHODS:
-        raise InputError(f"method: no decoder {method!r}; there are {', '.join(METHODS)}")
-    return SpeculativeDecoder(session, METHODS[method](session), sampling=sampling)

@@ -33,8 +33,8 @@ VOCABULARY = 12288
 BATCH = 8
 """Rows of self-written text a training step sees."""
 
-SHIPPED = "smollm2-135m"
-"""The target whose draft model comes with tokenworks."""
+CONFIG = "draft.json"
+"""The file that tells a draft model's folder from other models'."""
 
 
 def distil(
@@ -181,7 +181,7 @@ def save_draft(
             kept[name] = weight
     with atomic_write(out / "model.safetensors", "wb") as file:
         file.write(save(kept))
-    with atomic_write(out / "draft.json") as text:
+    with atomic_write(out / CONFIG) as text:
         json.dump({"layers": list(layers), "held_out": found}, text, indent=1)
 
 
@@ -196,11 +196,13 @@ def load_draft(target: PreTrainedModel, vocab_size: int, folder: Path | None = N
         InputError: the folder holds no draft model, or one for another target.
     """
     place = (
-        Path(str(files("tokenworks.decode").joinpath("weights", f"draft-{SHIPPED}"))) if folder is None else folder
+        Path(str(files("tokenworks.decode").joinpath("weights", "draft-smollm2-135m")))
+        if folder is None
+        else folder
     )
     try:
         kept = load_file(place / "model.safetensors")
-        layers = json.loads((place / "draft.json").read_text())["layers"]
+        layers = json.loads((place / CONFIG).read_text())["layers"]
     except (OSError, KeyError, ValueError) as error:
         raise InputError(
             f"folder: {place} holds no draft model that `tokenworks train draft` wrote ({error})"

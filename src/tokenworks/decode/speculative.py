@@ -15,7 +15,7 @@ from tokenworks.core.errors import InputError
 from tokenworks.core.sampling import Sampling
 from tokenworks.core.session import Engine
 from tokenworks.core.trace import Trace
-from tokenworks.decode.contract import Autoregressive, Draft, Drafter, TokenMatching, Verdict, Verifier
+from tokenworks.decode.contract import Autoregressive, Draft, Drafter, Law, TokenMatching, Verdict, Verifier
 
 
 @dataclass
@@ -114,7 +114,7 @@ class SpeculativeDecoder:
         if self.drafter.law not in self.verifier.laws:
             raise InputError(
                 f"verifier: {self.verifier.name} is not exact for {self.drafter.name}, whose tree holds "
-                f"{self.drafter.law.value}; use token-matching, which is exact for every drafter"
+                f"{self.drafter.law.value}; it needs {_or(self.verifier.laws)}. token-matching is exact for any"
             )
 
     @torch.inference_mode()
@@ -197,6 +197,10 @@ class SpeculativeDecoder:
             )
         chance = float(rows[-1, verdict.bonus].exp())
         return [*steps, Step("target", chance, bits[-1], None, 0, None, number)]
+
+
+def _or(laws: Iterable[Law]) -> str:
+    return " or ".join(sorted(law.value for law in laws))
 
 
 def _one_prompt(prompt: Sequence[int] | Tensor, context_limit: int) -> list[int]:

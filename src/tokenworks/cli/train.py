@@ -1,0 +1,69 @@
+"""`tokenworks train`: make the small models that some methods need."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+train = typer.Typer(name="train", help="Make the small models that some methods need.", no_args_is_help=True)
+
+
+@train.callback()
+def _group() -> None:
+    pass
+
+
+@train.command("draft")
+def draft(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; a run cut off goes on there.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The target, as in `tokenworks generate`.")] = (
+        "smollm2-135m"
+    ),
+    layers: Annotated[str, typer.Option("--layers", help="The target's layers to begin with.")] = "0,29",
+    batches: Annotated[
+        int, typer.Option("--batches", help="Batches of 18,432 tokens for the target to write.")
+    ] = 18,
+    steps: Annotated[int, typer.Option("--steps", help="Training steps of 3,072 tokens.")] = 700,
+) -> None:
+    """Distil a draft model for a target, on text the target writes itself.
+
+    About 20 minutes of writing and 30 of training for SmolLM2-135M on two CPU cores. Then:
+
+        tokenworks generate "Why is the sky blue?" --method spectr --draft-model OUT
+    """
+    from tokenworks.core.errors import InputError
+    from tokenworks.core.models import load
+    from tokenworks.decode.distil import distil
+
+    try:
+        chosen = [int(part) for part in layers.split(",")]
+    except ValueError:
+        raise InputError(f"layers: {layers!r} is not a list of numbers such as 0,29") from None
+    loaded = load(model)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def show(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        found = distil(loaded.model, loaded.tokenizer, out, chosen, batches, steps, progress=show)
+    typer.echo(json.dumps({"folder": str(out), **{name: round(value, 4) for name, value in found.items()}}))
