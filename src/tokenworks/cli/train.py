@@ -32,9 +32,7 @@ def draft(
         "smollm2-135m"
     ),
     layers: Annotated[str, typer.Option("--layers", help="The target's layers to begin with.")] = "0,29",
-    batches: Annotated[
-        int, typer.Option("--batches", help="Batches of 18,432 tokens for the target to write.")
-    ] = 18,
+    batches: Annotated[int, typer.Option("--batches", help="Of 18,432 tokens, written by the target.")] = 18,
     steps: Annotated[int, typer.Option("--steps", help="Training steps of 3,072 tokens.")] = 700,
 ) -> None:
     """Distil a draft model for a target, on text the target writes itself.

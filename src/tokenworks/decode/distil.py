@@ -112,10 +112,12 @@ def small_copy(target: PreTrainedModel, layers: Sequence[int], vocabulary: Tenso
         raise InputError(f"layers: {list(layers)} are not layers of a {type(target).__name__}")
     config = copy.deepcopy(target.config)
     config.num_hidden_layers, config.tie_word_embeddings = len(layers), False
-    shared = {id(t): t for t in target.get_input_embeddings().parameters()}
     # Layers that are left out must not be copied only to be dropped.
     empty = {id(stack): nn.ModuleList(copy.deepcopy(stack[layer]) for layer in layers)}
-    draft = copy.deepcopy(target, memo={**shared, **empty})
+    # Its own parameter on the same memory: what is frozen here must stay trainable in the target.
+    embeddings = target.get_input_embeddings().weight
+    shared = {id(embeddings): nn.Parameter(embeddings.detach(), requires_grad=False)}
+    draft = copy.deepcopy(target, memo={**empty, **shared})
     draft.config = draft.get_decoder().config = config
     for number, layer in enumerate(draft.get_decoder().layers):
         layer.self_attn.layer_idx = number
@@ -205,7 +207,7 @@ def load_draft(target: PreTrainedModel, vocab_size: int, folder: Path | None = N
         layers = json.loads((place / CONFIG).read_text())["layers"]
     except (OSError, KeyError, ValueError) as error:
         raise InputError(
-            f"folder: {place} holds no draft model that `tokenworks train draft` wrote ({error})"
+            f"draft-model: {place} holds no draft model that `tokenworks train draft` wrote ({error})"
         ) from error
     vocabulary = kept.pop("vocabulary").long()
     try:
@@ -214,8 +216,9 @@ def load_draft(target: PreTrainedModel, vocab_size: int, folder: Path | None = N
         for name, parameter in own.items():
             scale = kept.get(f"{name}:scale")
             parameter.data.copy_(kept[name] if scale is None else kept[name] * scale)
-    except (KeyError, RuntimeError, IndexError, InputError) as error:
+    except (KeyError, RuntimeError, InputError) as error:
         raise InputError(
-            f"folder: {place} holds the draft model of another target than this one ({error})"
+            f"draft-model: {place.name} was made for another target; distil one for this with "
+            f"`tokenworks train draft`, and name it with --draft-model ({error})"
         ) from error
     return DraftModel(Session(draft), vocab_size, vocabulary)
