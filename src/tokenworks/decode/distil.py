@@ -115,8 +115,10 @@ def small_copy(target: PreTrainedModel, layers: Sequence[int], vocabulary: Tenso
     # Layers that are left out must not be copied only to be dropped.
     empty = {id(stack): nn.ModuleList(copy.deepcopy(stack[layer]) for layer in layers)}
     # Its own parameter on the same memory: what is frozen here must stay trainable in the target.
-    embeddings = target.get_input_embeddings().weight
-    shared = {id(embeddings): nn.Parameter(embeddings.detach(), requires_grad=False)}
+    shared = {
+        id(weight): nn.Parameter(weight.detach(), requires_grad=False)
+        for weight in target.get_input_embeddings().parameters()
+    }
     draft = copy.deepcopy(target, memo={**empty, **shared})
     draft.config = draft.get_decoder().config = config
     for number, layer in enumerate(draft.get_decoder().layers):
