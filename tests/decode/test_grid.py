@@ -17,9 +17,7 @@ from tokenworks.report.bars import save_grid
 DRAFTERS = ("autoregressive", "draft-chain", "rsd-c")
 
 
-def test_the_grid_holds_every_lossless_pair(
-    tiny_llama: PreTrainedModel, tmp_path: Path
-) -> None:
+def test_the_grid_holds_every_lossless_pair(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
     session = Session(tiny_llama)
     draft = DraftModel(Session(tiny_llama), session.vocab_size)
     decoders = lossless_pairs(session, draft, Sampling(), DRAFTERS)

@@ -80,7 +80,7 @@ class DynamicTree(ModelDrafter):
         self,
         model: DraftModel,
         budget: int = 11,
-        depth: int = 6,
+        depth: int = 3,
         threshold: float | None = None,
         children: Literal["drawn", "best"] = "drawn",
     ) -> None:

@@ -39,7 +39,7 @@ AIDED: dict[str, Callable[[DraftModel], Drafter]] = {
     "rsd-c": ConstantBranching,
     "rsd-s": StochasticBeam,
     "dyspec": DynamicTree,
-    "dyspec-threshold": lambda model: DynamicTree(model, threshold=0.1),
+    "dyspec-threshold": lambda model: DynamicTree(model, threshold=0.05),
     "dyspec-best": lambda model: DynamicTree(model, children="best"),
 }
 """Drafters with a draft model."""

@@ -81,7 +81,7 @@ class ConstantBranching(ModelDrafter):
     name = "rsd-c"
     law = Law.WITHOUT_REPLACEMENT
 
-    def __init__(self, model: DraftModel, branching: Sequence[int] = (2, 2, 2)) -> None:
+    def __init__(self, model: DraftModel, branching: Sequence[int] = (3, 2)) -> None:
         if not branching or min(branching) < 1:
             raise InputError(f"branching: {list(branching)} must be numbers of at least 1, one for each level")
         super().__init__(model)
@@ -118,7 +118,7 @@ class StochasticBeam(ModelDrafter):
     name = "rsd-s"
     law = Law.WITHOUT_REPLACEMENT
 
-    def __init__(self, model: DraftModel, width: int = 4, depth: int = 3) -> None:
+    def __init__(self, model: DraftModel, width: int = 5, depth: int = 2) -> None:
         if width < 1 or depth < 1:
             raise InputError(f"width: {width} and depth: {depth} must be at least 1")
         super().__init__(model)

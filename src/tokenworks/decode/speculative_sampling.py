@@ -30,7 +30,7 @@ class DraftChain(ModelDrafter):
     name = "draft-chain"
     law = Law.SINGLE
 
-    def __init__(self, model: DraftModel, length: int = 3) -> None:
+    def __init__(self, model: DraftModel, length: int = 2) -> None:
         if length < 1:
             raise InputError(f"length: {length} is not at least 1")
         super().__init__(model)
