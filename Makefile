@@ -44,7 +44,7 @@ docs: $(INSTALLED)
 
 # The stamp is written last, so whatever was interrupted is taken up again. An environment without a working pip
 # was cut off while it was made, and is made anew; any other is kept, since PyTorch takes long to install.
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "tokenworks needs Python 3.11 or newer; '$(PYTHON)' is not. Name one: make PYTHON=python3.12"; exit 1; }
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
@@ -52,5 +52,5 @@ $(INSTALLED): pyproject.toml
 		$(PYTHON) -m venv --clear $(VENV); \
 	fi
 	@echo "==> Installing tokenworks and what it needs (PyTorch is large: the first time takes minutes)"
-	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	@touch $@

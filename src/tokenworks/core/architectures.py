@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tokenworks.core.errors import UnsupportedModelError
@@ -32,6 +34,11 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         reason = "its attention takes no mask from outside (ALiBi, or code of an older style)"
     if reason:
         raise UnsupportedModelError(f"model: {type(model).__name__} is not supported: {reason}.")
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What the `forward` of a Transformers model calls its cache; version 5.24 renamed it in its own models."""
+    return "cache" if "cache" in signature(module.forward).parameters else "past_key_values"
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tokenworks.core.architectures import cache_argument
 from tokenworks.core.files import atomic_write
 from tokenworks.core.packing import inference_view
 from tokenworks.core.session import SlotCache
@@ -72,6 +73,7 @@ def write_text(
 ) -> SelfText:
     """Let `model` write `rows` rows of `length` tokens, in one batch."""
     view, cache = inference_view(model), SlotCache()
+    decoder = view.get_decoder()
     generator = torch.Generator().manual_seed(seed)
     writers = [_Writer(tokenizer, random.Random(seed * rows + row), row) for row in range(rows)]
     kept, states, free = [], [], []
@@ -79,12 +81,12 @@ def write_text(
     for position in range(length):
         kept.append(tokens)
         cache.begin(position, 1)
-        state = view.get_decoder()(
+        state = decoder(
             input_ids=tokens[:, None],
             position_ids=torch.full((rows, 1), position),
             attention_mask=torch.zeros(1, 1, 1, position + 1),
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(decoder): cache},
         ).last_hidden_state[:, 0]
         states.append(state.half())
         free.append(torch.tensor([writer.free for writer in writers]))

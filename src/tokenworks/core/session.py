@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tokenworks.core.architectures import PROVED, prove_trees, refuse_unsupported, sliding_window
+from tokenworks.core.architectures import PROVED, cache_argument, prove_trees, refuse_unsupported, sliding_window
 from tokenworks.core.errors import InputError, NumericalError
 from tokenworks.core.packing import inference_view
 from tokenworks.core.tree import ROOT, TokenTree, TreeShape
@@ -98,6 +98,7 @@ class Session:
         self.device: torch.device = model.device
         self._dtype = model.dtype
         self._cache = SlotCache()
+        self._cache_argument = cache_argument(self._view)
         self._forget_pending()
         if config.model_type not in PROVED:
             prove_trees(self)
@@ -260,9 +261,9 @@ class Session:
             **self._inputs(tree.tokens.to(self.device)),
             position_ids=positions[first:].to(self.device)[None],
             attention_mask=self._bias(positions, ancestors[first:], first).to(self.device),
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=keep_logits,
+            **{self._cache_argument: self._cache},
         ).logits
         self._pending_tokens += tree.tokens.tolist()
         self._pending_parents += tree.shape.parents
@@ -318,7 +319,7 @@ class SlotCache:
         """Let the coming pass write slots `start` to `start + width`."""
         self._start, self._end = start, start + width
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: object) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write one layer's new keys and values [1, kv_heads, width, d]; return all of the layer's so far."""
         if layer == len(self.layers):
             self.layers.append(key.new_empty(2, *key.shape[:2], max(FIRST_CAPACITY, self._end), key.shape[3]))

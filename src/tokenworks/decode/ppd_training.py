@@ -1,13 +1,13 @@
 """Training of prompt tokens (arXiv 2405.18628), on greedy text that the target wrote itself.
 
-The paper rolls the frozen target out for m tokens from a random place of a text, and teaches the prompts put at that
-place to say what the target said. On the target's own greedy text the roll-out is the text itself, so the teacher's
-logits are those of the states kept with it, and one row serves many places at once: a group of prompts hangs at each,
-sees the real tokens up to there and its own group, and is seen by nothing real. The real tokens' keys and values need
-no gradient. The embeddings of the prompts are all that is trained.
+The paper rolls the frozen target out for m tokens from a random place of a text, and teaches the prompts put
+there to say what the target said. On the target's own greedy text the roll-out is the text itself, so the
+teacher's logits are those of the states kept with it, and one row serves many places at once: a group of
+prompts hangs at each, sees the real tokens up to there and its own group, and is seen by nothing real. The real
+tokens' keys and values need no gradient. The embeddings of the prompts are all that is trained.
 
-A prompt may be an ensemble of n embeddings that share a position and whose logits are averaged; decoding, as in the
-official repository, takes n = 1.
+A prompt may be an ensemble of n embeddings that share a position and whose logits are averaged; decoding, as in
+the official repository, takes n = 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from tokenworks.core.architectures import sliding_window
+from tokenworks.core.architectures import cache_argument, sliding_window
 from tokenworks.core.cost import kept_cost
 from tokenworks.core.errors import InputError
 from tokenworks.core.files import atomic_write
@@ -42,7 +42,7 @@ DECAY = 0.8
 TOP = 10
 """Guesses of a prompt whose accuracy is measured; a tree uses no more."""
 
-ROWS, GROUPS = 2, 32
+ROWS, GROUPS = 1, 64
 """A training step sees so many rows, and so many places in each."""
 
 SURE = 0.99
@@ -126,8 +126,8 @@ def prompt_logits(
 ) -> Tensor:
     """The logits of a group of prompts at each place of each row; gradients reach the embeddings alone.
 
-    Prompt S_i of a group at place t stands at position t + i and sees the real tokens up to t and S_1 to S_i. Of an
-    ensemble, embedding j sees embeddings j only, and the logits of the n embeddings are averaged.
+    Prompt S_i of a group at place t stands at position t + i and sees the real tokens up to t and S_1 to S_i. Of
+    an ensemble, embedding j sees embeddings j only, and the logits of the n embeddings are averaged.
 
     Args:
         target: `frozen`.
@@ -150,15 +150,15 @@ def prompt_logits(
     seen = torch.cat([real, others], dim=2)
     decoder, dtype = target.get_decoder(), embeddings.dtype
     bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
-    cache = DynamicCache()
+    cache = {cache_argument(decoder): DynamicCache()}
     with torch.no_grad():
-        decoder(input_ids=tokens, past_key_values=cache, use_cache=True)
+        decoder(input_ids=tokens, use_cache=True, **cache)
     states = decoder(
         inputs_embeds=embeddings.repeat(groups, 1).expand(batch, -1, -1),
         position_ids=(places[..., None] + 1 + step).flatten(1),
         attention_mask=bias[:, None],
-        past_key_values=cache,
         use_cache=True,
+        **cache,
     ).last_hidden_state
     logits: Tensor = target.get_output_embeddings()(states)
     return logits.view(batch, groups, prompts, ensemble, -1).mean(3)
@@ -305,7 +305,7 @@ class TrainedPrompts:
         Raises:
             InputError: the session was not given the embeddings, or they are of an ensemble.
         """
-        prompts, own = len(self.accuracy), session.model.get_input_embeddings().weight.shape[0]
+        prompts, (own, _) = len(self.accuracy), embedding_shape(session.model)
         if len(self.embeddings) != prompts:
             raise InputError(
                 f"embeddings: {len(self.embeddings)} for {prompts} prompts; to decode, train with ensemble=1"
@@ -315,6 +315,12 @@ class TrainedPrompts:
         if budget is None:
             budget = choose_budget(self.accuracy, kept_cost(session))
         return PromptTokens(own, self.accuracy, budget)
+
+
+def embedding_shape(model: PreTrainedModel) -> tuple[int, int]:
+    """How many inputs of its own a model has, and their width."""
+    weight: Tensor = model.get_input_embeddings().get_parameter("weight")
+    return weight.shape[0], weight.shape[1]
 
 
 def save_prompt_tokens(trained: TrainedPrompts, out: Path) -> None:
@@ -340,7 +346,7 @@ def load_prompt_tokens(target: PreTrainedModel, folder: Path | None = None) -> T
         raise InputError(
             f"folder: {place} holds no prompt tokens that `tokenworks train prompt-tokens` wrote ({error})"
         ) from error
-    width = target.get_input_embeddings().weight.shape[1]
+    _, width = embedding_shape(target)
     if accuracy.dim() != 2 or embeddings.dim() != 2 or len(embeddings) % len(accuracy):
         raise InputError(f"folder: {place.name} says {list(accuracy.shape)} prompts, but holds {len(embeddings)}")
     if embeddings.shape[1] != width:
