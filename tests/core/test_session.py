@@ -182,9 +182,11 @@ def test_nan_logits_leave_nothing_behind() -> None:
 
 
 @torch.no_grad()
-def test_extra_embeddings_are_read_as_inputs_and_never_predicted(tiny_llama: PreTrainedModel) -> None:
+def test_added_inputs_are_read_and_never_predicted(tiny_llama: PreTrainedModel) -> None:
     extra = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
-    session = Session(tiny_llama, extra_embeddings=extra)
+    session = Session(tiny_llama)
+    assert session.add_inputs(extra[:1]) == 97
+    assert session.add_inputs(extra[1:]) == 98
     assert (session.vocab_size, session.input_size) == (97, 99)
     logits = session.extend([5, 98, 6, 97])
     own = tiny_llama.get_input_embeddings()(torch.tensor([5, 0, 6, 0]))
@@ -192,5 +194,5 @@ def test_extra_embeddings_are_read_as_inputs_and_never_predicted(tiny_llama: Pre
     assert torch.allclose(logits, tiny_llama(inputs_embeds=own[None]).logits[0], atol=1e-4)
     with pytest.raises(InputError, match="id 99 is outside the model's vocabulary of 99"):
         session.extend([99])
-    with pytest.raises(InputError, match=r"extra_embeddings: expected \[m, 32\], got \[2, 31\]"):
-        Session(tiny_llama, extra_embeddings=extra[:, 1:])
+    with pytest.raises(InputError, match=r"embeddings: expected \[m, 32\], got \[2, 31\]"):
+        session.add_inputs(extra[:, 1:])

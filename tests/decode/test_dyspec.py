@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from typing import Literal
 
 import pytest
 import torch
 
+from tests.conftest import tiny_model
 from tokenworks.core.errors import InputError
 from tokenworks.core.measure import goodness_of_fit
 from tokenworks.core.sampling import Sampling
-from tokenworks.core.tree import ROOT, TokenTree
+from tokenworks.core.session import Session
+from tokenworks.core.tree import ROOT, TokenTree, TreeShape
 from tokenworks.decode.contract import Draft, Law, Verdict
 from tokenworks.decode.draft_model import DraftModel
-from tokenworks.decode.dyspec import DynamicTree
+from tokenworks.decode.dyspec import DynamicTree, nonzero_blocks, reorder
 from tokenworks.decode.rsd import RecursiveRejection
 from tokenworks.testing import ToyTarget
 
@@ -183,3 +186,40 @@ def test_laws_and_clear_errors() -> None:
         DynamicTree(model, budget=0)
     with pytest.raises(InputError, match=r"threshold: 1\.5"):
         DynamicTree(model, threshold=1.5)
+
+
+def random_shape(size: int, seed: int) -> TreeShape:
+    random = torch.Generator().manual_seed(seed)
+    return TreeShape((ROOT, *(int(torch.randint(node, (1,), generator=random)) for node in range(1, size))))
+
+
+def moved(tree: TokenTree, order: list[int]) -> TokenTree:
+    place = {node: number for number, node in enumerate(order)} | {ROOT: ROOT}
+    return TokenTree.of(tree.tokens[order], [place[tree.shape.parents[node]] for node in order])
+
+
+@pytest.mark.parametrize("by", ["depth", "heavy path"])
+def test_the_order_of_nodes_changes_no_logits(by: Literal["depth", "heavy path"]) -> None:
+    session = Session(tiny_model("llama", dtype=torch.float64))
+    for seed in range(3):
+        tree = TokenTree(torch.arange(20) % 97, random_shape(20, seed))
+        session.prefill([1, 2, 3])
+        before = session.extend(tree)
+        session.rollback()
+        order = reorder(tree.shape, by)
+        assert sorted(order) == list(range(20))
+        after = session.extend(moved(tree, order))  # a tree whose parents do not come first is refused
+        session.rollback(0)
+        assert torch.allclose(after, before[order], atol=1e-5)
+
+
+def test_branches_that_lie_together_touch_fewer_blocks() -> None:
+    # Two chains of 40 nodes, grown in turns: every block is touched until the chains are laid end to end.
+    shape = TreeShape((ROOT, 0, *range(79)))
+    assert nonzero_blocks(shape.ancestors, 8) == 66
+    apart = reorder(shape, "depth")
+    assert nonzero_blocks(shape.ancestors[apart][:, apart], 8) == 46
+    assert nonzero_blocks(torch.eye(9, 12, dtype=torch.bool), 4) == 3
+    # A side branch of one node is left for later, so that the long one starts right under the root.
+    assert reorder(TreeShape((ROOT, 0, 0, 2, 3)), "depth") == [0, 1, 2, 3, 4]
+    assert reorder(TreeShape((ROOT, 0, 0, 2, 3)), "heavy path") == [0, 2, 3, 4, 1]

@@ -61,22 +61,18 @@ class Session:
     Args:
         model: a decoder-only Hugging Face model; it is not changed.
         max_length: most tokens the session may hold, at most the model's context (the default).
-        extra_embeddings: float [m, d], inputs beyond the model's own: id `input_size - m + i` stands for row i,
-            which goes into the first layer as it is. None: no such ids.
 
     Attributes:
         vocab_size: V, the width of the logits.
-        input_size: ids from 0 to here may be put in. More than V with extra embeddings, or with a model whose
-            head knows only a part of what it reads.
+        input_size: ids from 0 to here may be put in. More than V after `add_inputs`, or with a model whose head
+            knows only a part of what it reads.
 
     Raises:
         UnsupportedModelError: the architecture cannot run token trees (recurrent state, encoder-decoder, ...).
-        InputError: `max_length` is out of range, or `extra_embeddings` are not of the model's width.
+        InputError: `max_length` is out of range.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, max_length: int | None = None, extra_embeddings: Tensor | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, max_length: int | None = None) -> None:
         refuse_unsupported(model)
         config = model.config.get_text_config(decoder=True)
         context = getattr(config, "max_position_embeddings", None) or 1 << 20
@@ -85,12 +81,9 @@ class Session:
         self.model = model
         self.context_limit: int = max_length or context
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        embeddings: Any = model.get_input_embeddings()
-        own, width = embeddings.weight.shape
-        if extra_embeddings is not None and extra_embeddings.shape[1:] != (width,):
-            raise InputError(f"extra_embeddings: expected [m, {width}], got {list(extra_embeddings.shape)}")
-        self.input_size: int = own + (0 if extra_embeddings is None else len(extra_embeddings))
-        self._extra = extra_embeddings
+        own: Any = model.get_input_embeddings()
+        self.input_size: int = own.weight.shape[0]
+        self._added: Tensor | None = None
         self.window: int | None = sliding_window(config)
         self.tokens: list[int] = []
         """Committed token ids."""
@@ -112,6 +105,29 @@ class Session:
     def pending(self) -> int:
         """Number of slots extended but neither committed nor rolled back."""
         return len(self._pending_parents)
+
+    def add_inputs(self, embeddings: Tensor) -> int:
+        """Let more be put in than the model has ids for.
+
+        Args:
+            embeddings: float [m, d]; rows go into the first layer as they are.
+
+        Returns:
+            The id that stands for the first row; the others follow. They are never predicted.
+
+        Raises:
+            InputError: the rows are not of the model's width.
+        """
+        own: Any = self.model.get_input_embeddings()
+        if embeddings.shape[1:] != own.weight.shape[1:]:
+            raise InputError(
+                f"embeddings: expected [m, {own.weight.shape[1]}], got {list(embeddings.shape)}; they must be of "
+                "the width of the model's own"
+            )
+        first = self.input_size
+        self._added = embeddings if self._added is None else torch.cat([self._added, embeddings])
+        self.input_size += len(embeddings)
+        return first
 
     @torch.inference_mode()
     def prefill(self, tokens: Sequence[int] | Tensor, reader: Reader | None = None) -> Tensor:
@@ -271,12 +287,12 @@ class Session:
         return logits
 
     def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
-        if self._extra is None:
+        if self._added is None:
             return {"input_ids": ids[None]}
-        own = self.input_size - len(self._extra)
+        own = self.input_size - len(self._added)
         rows = self._view.get_input_embeddings()(ids.clamp(max=own - 1))
         beyond = ids >= own
-        rows[beyond] = self._extra[ids[beyond] - own].to(rows)
+        rows[beyond] = self._added[ids[beyond] - own].to(rows)
         return {"inputs_embeds": rows[None]}
 
     def _grow(self, shape: TreeShape) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,10 @@ along every branch, so drawing from the slot of the largest value next gives the
 
 Children are draws without replacement, verified by recursive rejection in the order of the draws. Whether a slot
 is drawn from may depend on all values known before the draw, never on the token: a child, once drawn, stays.
+
+A tree grown this way has its nodes in no particular order, and its attention mask is scattered. `reorder` brings
+branches together, so that a block-sparse kernel would have fewer blocks to compute (`nonzero_blocks`); the dense
+attention of a CPU gains nothing, so the decoder leaves trees as they grew.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tokenworks.core.errors import InputError
+from tokenworks.core.tree import ROOT, TreeShape
 from tokenworks.decode.contract import Draft, Law
 from tokenworks.decode.draft_model import DraftModel, DraftTree, ModelDrafter
 from tokenworks.decode.rsd import gumbel_top_k
@@ -146,3 +151,39 @@ class DynamicTree(ModelDrafter):
             level = below
             if not level or len(tree) - 1 >= self.budget:
                 return
+
+
+def reorder(shape: TreeShape, by: Literal["depth", "heavy path"] = "heavy path") -> list[int]:
+    """The nodes of a tree, branch by branch; every node still comes after its parent.
+
+    Args:
+        by: "depth" goes depth first through children in their order; "heavy path" takes the child with the most
+            nodes below it first, so that the longest paths lie together.
+    """
+    below = [1] * len(shape)
+    for node in reversed(range(len(shape))):
+        if shape.parents[node] != ROOT:
+            below[shape.parents[node]] += below[node]
+    order: list[int] = []
+    waiting = [node for node, parent in enumerate(shape.parents) if parent == ROOT][::-1]
+    while waiting:
+        order.append(waiting.pop())
+        children = list(shape.children[order[-1]])
+        if by == "heavy path":
+            children.sort(key=lambda child: -below[child])
+        waiting += reversed(children)
+    return order
+
+
+def nonzero_blocks(mask: Tensor, block: int = 32) -> int:
+    """How many blocks of `block` x `block` a kernel that skips empty ones has to compute.
+
+    Args:
+        mask: bool [N, M], true where a node looks.
+        block: at least 1; blocks at the edges may be smaller.
+    """
+    rows, columns = (-(-length // block) for length in mask.shape)
+    return sum(
+        bool(mask[row * block : (row + 1) * block, column * block : (column + 1) * block].any())
+        for row, column in itertools.product(range(rows), range(columns))
+    )

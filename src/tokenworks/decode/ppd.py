@@ -188,10 +188,10 @@ def choose_budget(accuracy: ArrayLike, cost: CostCurve, budgets: Iterable[int] =
 
 
 class PromptTokens:
-    """The drafter. Its session is a `Session(model, extra_embeddings=E)`, with E [m, d] the prompts.
+    """The drafter, for a session that was given the prompts: `first_id = session.add_inputs(embeddings)`.
 
     Args:
-        first_id: the input id of S_1, which is the number of the model's own inputs; S_i has id first_id + i - 1.
+        first_id: the input id of S_1; S_i has id first_id + i - 1.
         accuracy: [m, ranks], as in `dynamic_trees`.
         budget: slots of a pass, at least 1.
 

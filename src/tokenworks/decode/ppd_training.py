@@ -297,30 +297,22 @@ class TrainedPrompts:
     accuracy: Tensor
 
     def drafter(self, session: Session, budget: int | None = None) -> PromptTokens:
-        """The drafter for a `Session(model, extra_embeddings=self.embeddings)`.
+        """The drafter for a session, to which the prompts are added.
 
         Args:
             budget: slots of a pass, at least 1; by default what decodes fastest on this machine.
 
         Raises:
-            InputError: the session was not given the embeddings, or they are of an ensemble.
+            InputError: the embeddings are of an ensemble, or not of the model's width.
         """
-        prompts, (own, _) = len(self.accuracy), embedding_shape(session.model)
-        if len(self.embeddings) != prompts:
+        if len(self.embeddings) != len(self.accuracy):
             raise InputError(
-                f"embeddings: {len(self.embeddings)} for {prompts} prompts; to decode, train with ensemble=1"
+                f"embeddings: {len(self.embeddings)} for {len(self.accuracy)} prompts; to decode, train with "
+                "ensemble=1"
             )
-        if session.input_size != own + prompts:
-            raise InputError("session: open it as Session(model, extra_embeddings=trained.embeddings)")
         if budget is None:
             budget = choose_budget(self.accuracy, kept_cost(session))
-        return PromptTokens(own, self.accuracy, budget)
-
-
-def embedding_shape(model: PreTrainedModel) -> tuple[int, int]:
-    """How many inputs of its own a model has, and their width."""
-    weight: Tensor = model.get_input_embeddings().get_parameter("weight")
-    return weight.shape[0], weight.shape[1]
+        return PromptTokens(session.add_inputs(self.embeddings), self.accuracy, budget)
 
 
 def save_prompt_tokens(trained: TrainedPrompts, out: Path) -> None:
@@ -346,7 +338,7 @@ def load_prompt_tokens(target: PreTrainedModel, folder: Path | None = None) -> T
         raise InputError(
             f"folder: {place} holds no prompt tokens that `tokenworks train prompt-tokens` wrote ({error})"
         ) from error
-    _, width = embedding_shape(target)
+    width = target.get_input_embeddings().get_parameter("weight").shape[1]
     if accuracy.dim() != 2 or embeddings.dim() != 2 or len(embeddings) % len(accuracy):
         raise InputError(f"folder: {place.name} says {list(accuracy.shape)} prompts, but holds {len(embeddings)}")
     if embeddings.shape[1] != width:

@@ -19,6 +19,7 @@ from tokenworks.decode.contract import Autoregressive, Drafter, Law, TokenMatchi
 from tokenworks.decode.distil import CONFIG, load_draft
 from tokenworks.decode.draft_model import DraftModel
 from tokenworks.decode.dyspec import DynamicTree
+from tokenworks.decode.ppd_training import load_prompt_tokens
 from tokenworks.decode.rsd import ConstantBranching, RecursiveRejection, StochasticBeam
 from tokenworks.decode.spectr import IndependentDrafts, KSequential
 from tokenworks.decode.speculative import SpeculativeDecoder
@@ -30,6 +31,7 @@ UNAIDED: dict[str, Callable[[Session], Drafter]] = {
     "token-recycling": lambda session: TokenRecycling(
         session.vocab_size, machine_tree(session), seed_from_prompt=True
     ),
+    "prompt-tokens": lambda session: load_prompt_tokens(session.model).drafter(session),
 }
 """Drafters that need no draft model, at their best settings for this machine."""
 
@@ -68,6 +70,7 @@ VERIFIER_OF = {
 METHODS = {
     "autoregressive": "autoregressive",
     "token-recycling": "token-recycling",
+    "ppd": "prompt-tokens",
     "speculative-sampling": "draft-chain",
     "spectr": "independent-drafts",
     "rsd": "rsd-s",
