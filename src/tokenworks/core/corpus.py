@@ -72,8 +72,13 @@ def _docstrings(path: Path) -> Iterator[str]:
                 yield inspect.cleandoc(text)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, special: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, special: Iterable[str] = (), single_digits: bool = False
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer; its first ids are `special`, and every text survives a round trip.
+
+    Args:
+        single_digits: no token holds two digits, nor a digit and anything else; for models that calculate.
 
     Raises:
         InputError: a vocabulary that cannot hold the 256 bytes and the special tokens.
@@ -82,7 +87,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special: Iterable[str] = ()
     if vocab_size < 256 + len(names):
         raise InputError(f"vocab_size: {vocab_size} cannot hold 256 bytes and {len(names)} special tokens")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if single_digits:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+    else:
+        tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
