@@ -89,7 +89,7 @@ class XLNet:
         self.mask_token_id, self.max_length = mask_token_id, max_length
         self.vocab_size: int = model.config.vocab_size
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, tokens: Tensor, forbidden: Tensor, targets: Tensor) -> Tensor:
         return two_stream_logits(self.model, tokens[None], forbidden, targets)[0]
 
