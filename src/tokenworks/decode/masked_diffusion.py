@@ -1,15 +1,16 @@
 """A masked-diffusion language model: all masked slots are predicted at once, each token seeing all others.
 
 It is trained to fill in tokens that were masked at a random rate t, every masked token weighed by 1/t (LLaDA,
-arXiv 2502.09992). Here it is a small Llama whose attention looks both ways, trained from scratch on two kinds
-of text: additions with their carries written out, and Python's documentation. A causal model of the same
-tokenizer is trained beside it, to guide it.
+arXiv 2502.09992). Here it is a small Llama whose attention looks both ways. As Dream does, it begins as a
+causal model and keeps that model's habit of predicting a token at the position before it, so that what was
+learnt is kept. A smaller causal model is trained beside it, to guide it. Both see two kinds of text: additions
+with their carries written out, and Python's documentation.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -158,16 +159,17 @@ class _Data:
 def diffusion_loss(model: PreTrainedModel, batch: _Batch, mask_token_id: int, chance: torch.Generator) -> Tensor:
     """E_t (1/t) sum of -log p(x_i | what is left) over tokens masked at rate t, by the number of maskable ones.
 
-    The rates of the rows are spread evenly over (0, 1].
+    Slot i is predicted at position i - 1. The rates of the rows are spread evenly over (0, 1].
     """
     rows = len(batch.tokens)
     t = (torch.arange(rows) + torch.rand(rows, generator=chance)[torch.randperm(rows, generator=chance)]) / rows
     t = t.clamp(min=0.05)[:, None]
     masked = (torch.rand(batch.tokens.shape, generator=chance) < t) & batch.maskable
+    masked[:, 0] = False
     noisy = batch.tokens.masked_fill(masked, mask_token_id)
     everyone = torch.zeros(rows, 1, *[batch.tokens.shape[1]] * 2)
     logits = model(input_ids=noisy, attention_mask=everyone, use_cache=False).logits
-    nats = cross_entropy(logits[masked], batch.tokens[masked], reduction="none")
+    nats = cross_entropy(logits[:, :-1][masked[:, 1:]], batch.tokens[masked], reduction="none")
     weight = (1 / t).expand_as(masked)[masked]
     return (nats * weight).sum() / batch.maskable.sum()
 
@@ -181,8 +183,8 @@ def causal_loss(model: PreTrainedModel, batch: _Batch) -> Tensor:
 
 def train_masked_diffusion(
     out: Path,
-    steps: int = 2400,
-    guide_steps: int = 1200,
+    steps: int = 1500,
+    causal_steps: int = 900,
     learning_rate: float = 1.5e-3,
     seed: int = 0,
     progress: Progress = quiet,
@@ -192,8 +194,8 @@ def train_masked_diffusion(
     A run that was cut off goes on. 3.9 and 1.4 million parameters.
 
     Args:
-        steps: of the diffusion model, `TOKENS` tokens each.
-        guide_steps: of the guide.
+        steps: of diffusion training, `TOKENS` tokens each.
+        causal_steps: of causal training before that, and of the guide's.
         seed: of the weights and of what is drawn.
 
     Returns:
@@ -202,26 +204,52 @@ def train_masked_diffusion(
     tokenizer = train_bpe(python_docs("train"), VOCABULARY, [MASK, END], single_digits=True)
     data = _Data(python_docs("train"), tokenizer, seed)
     found: dict[str, float] = {}
-    for name, count in (("diffusion", steps), ("guide", guide_steps)):
+    for name in ("diffusion", "guide"):
         if (out / name / "model.safetensors").exists():
             continue
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_config(name)).train()
 
-        def loss_at(step: int, model: PreTrainedModel = model, diffuse: bool = name == "diffusion") -> Tensor:
-            if not diffuse:
-                return causal_loss(model, data.at(step))
-            chance = torch.Generator().manual_seed(1_000_003 * seed + step)
-            return diffusion_loss(model, data.at(step), MASK_ID, chance)
+        def causal(step: int, model: PreTrainedModel = model) -> Tensor:
+            return causal_loss(model, data.at(step))
 
-        losses = fit(
-            model, loss_at, count, learning_rate, out / f"{name}.pt", weight_decay=0.01, progress=progress
-        )
+        def masked(step: int, model: PreTrainedModel = model) -> Tensor:
+            chance = torch.Generator().manual_seed(1_000_003 * seed + step)
+            return diffusion_loss(model, data.at(causal_steps + step), MASK_ID, chance)
+
+        stages = [("causal", causal, causal_steps), ("masked", masked, steps)]
+        for stage, loss_at, count in stages[: 2 if name == "diffusion" else 1]:
+            losses = _stage(model, loss_at, count, learning_rate, out / f"{name}-{stage}", progress)
         for kind, first in (("additions", 0), ("documentation", 2)):
             last = losses[first::3][-50:]
             found[f"{name}, {kind}"] = sum(last) / max(1, len(last))
         save_small(model, tokenizer, out / name)
+        for path in out.glob(f"{name}-*.done"):
+            path.unlink()
     return found
+
+
+def _stage(
+    model: PreTrainedModel,
+    loss_at: Callable[[int], Tensor],
+    steps: int,
+    learning_rate: float,
+    place: Path,
+    progress: Progress,
+) -> list[float]:
+    """One stage of training, which is not repeated once it is done: its weights and losses are kept."""
+    done = place.with_suffix(".done")
+    if done.exists():
+        kept = torch.load(done, weights_only=True)
+        model.load_state_dict(kept["model"])
+        losses: list[float] = kept["losses"]
+        return losses
+    losses = fit(
+        model, loss_at, steps, learning_rate, place.with_suffix(".pt"), weight_decay=0.01, progress=progress
+    )
+    with atomic_write(done, "wb") as file:
+        torch.save({"model": model.state_dict(), "losses": losses}, file)
+    return losses
 
 
 def _config(name: str) -> LlamaConfig:
@@ -272,4 +300,4 @@ def load_masked_diffusion(
         raise InputError(
             f"folder: {place} holds no models that `tokenworks train masked-diffusion` wrote ({error})"
         ) from error
-    return BidirectionalLlama(model, MASK_ID), guide, tokenizer
+    return BidirectionalLlama(model, MASK_ID, shifted=True), guide, tokenizer
