@@ -220,8 +220,9 @@ def train_masked_diffusion(
         stages = [("causal", causal, causal_steps), ("masked", masked, steps)]
         for stage, loss_at, count in stages[: 2 if name == "diffusion" else 1]:
             losses = _stage(model, loss_at, count, learning_rate, out / f"{name}-{stage}", progress)
+        before = causal_steps if name == "diffusion" else 0
         for kind, first in (("additions", 0), ("documentation", 2)):
-            last = losses[first::3][-50:]
+            last = losses[(first - before) % 3 :: 3][-50:]
             found[f"{name}, {kind}"] = sum(last) / max(1, len(last))
         save_small(model, tokenizer, out / name)
         for path in out.glob(f"{name}-*.done"):
