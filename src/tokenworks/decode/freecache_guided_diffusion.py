@@ -107,14 +107,14 @@ class FreeCache:
             return 0
         if self.refresh_interval is not None and self.passes % self.refresh_interval == 0:
             return 0
-        wanted = {
+        # What was clean already when it was last run; at least one masked slot lies behind it.
+        known = prefix if self.freeze_early else self._settled
+        return {
             "prompt": self._prompt,
-            "block": self._prompt + (prefix - self._prompt) // self.block * self.block,
-            "aggressive": prefix,
-            "sliding": max(0, prefix - self.window),
+            "block": self._prompt + (known - self._prompt) // self.block * self.block,
+            "aggressive": known,
+            "sliding": max(0, known - self.window),
         }[self.policy]
-        # At least one masked slot is run, or there would be nothing to predict.
-        return min(wanted, prefix if self.freeze_early else self._settled)
 
 
 def generate_guided(

@@ -84,7 +84,7 @@ class BidirectionalLlama:
         self.vocab_size: int = model.config.vocab_size
         self._cache_argument = cache_argument(self._view)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, tokens: Tensor, start: int, cache: SlotCache) -> Tensor:
         width = len(tokens) - start
         cache.begin(start, width)
