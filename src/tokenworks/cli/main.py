@@ -43,14 +43,16 @@ def _options(
 
 def _add_verbs() -> None:
     from tokenworks.cli.bench import bench
+    from tokenworks.cli.diffuse import diffuse
     from tokenworks.cli.generate import generate
+    from tokenworks.cli.infill import infill
     from tokenworks.cli.models import models
     from tokenworks.cli.papers import papers
     from tokenworks.cli.report import report
     from tokenworks.cli.reproduce import reproduce
     from tokenworks.cli.train import train
 
-    for verb in (generate, papers, models, reproduce, report):
+    for verb in (generate, infill, diffuse, papers, models, reproduce, report):
         app.command()(verb)
     for group in (bench, train):
         app.add_typer(group)

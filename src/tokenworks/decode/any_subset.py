@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, XLNetConfig, XLNetLMHeadModel
 
+from tokenworks.core.convert import no_bars
 from tokenworks.core.corpus import python_docs, train_bpe
 from tokenworks.core.errors import InputError
 from tokenworks.core.files import atomic_write
@@ -240,9 +241,10 @@ def load_any_subset(folder: Path | None = None) -> tuple[XLNet, PreTrainedTokeni
     place = Path(str(files("tokenworks.decode").joinpath("weights", "any-subset"))) if folder is None else folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
-        model = XLNetLMHeadModel.from_pretrained(place, local_files_only=True, dtype=torch.float32)
+        with no_bars():
+            model = XLNetLMHeadModel.from_pretrained(place, local_files_only=True, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"folder: {place} holds no any-subset model that `tokenworks train any-subset` wrote ({error})"
+            f"folder: {place} holds no any-subset model that `tokenworks train any-subset` wrote"
         ) from error
     return XLNet(model, MASK_ID), tokenizer

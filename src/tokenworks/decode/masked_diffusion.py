@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenworks.core.architectures import cache_argument
+from tokenworks.core.convert import no_bars
 from tokenworks.core.corpus import python_docs, train_bpe
 from tokenworks.core.errors import InputError
 from tokenworks.core.files import atomic_write
@@ -293,12 +294,13 @@ def load_masked_diffusion(
     place = shipped if folder is None else folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(place / "diffusion", local_files_only=True)
-        model, guide = (
-            LlamaForCausalLM.from_pretrained(place / name, local_files_only=True, dtype=torch.float32).eval()
-            for name in ("diffusion", "guide")
-        )
+        with no_bars():
+            model, guide = (
+                LlamaForCausalLM.from_pretrained(place / name, local_files_only=True, dtype=torch.float32).eval()
+                for name in ("diffusion", "guide")
+            )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"folder: {place} holds no models that `tokenworks train masked-diffusion` wrote ({error})"
+            f"folder: {place} holds no models that `tokenworks train masked-diffusion` wrote"
         ) from error
     return BidirectionalLlama(model, MASK_ID, shifted=True), guide, tokenizer
