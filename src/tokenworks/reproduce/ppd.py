@@ -160,7 +160,7 @@ def _guesses(
     ids = encode_prompt(loaded.tokenizer, prompt.text)
     tokens = torch.tensor([*ids, *answer])
     # From the last token of the prompt on, wherever all the tokens that are guessed are known.
-    places = torch.arange(len(ids) - 1, len(tokens) - count - 1)
+    places = torch.arange(len(ids) - 1, max(len(ids) - 1, len(tokens) - count - 1))
     if not len(places):
         return {"places": 0}
     truth = torch.stack([tokens[places + ahead + 2] for ahead in range(count)], 1)
