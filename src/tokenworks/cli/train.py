@@ -104,7 +104,9 @@ def any_subset(
 @train.command("masked-diffusion")
 def masked_diffusion(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; a run cut off goes on there.")],
-    steps: Annotated[int, typer.Option("--steps", help="Diffusion steps of 1,152 tokens.")] = 1500,
+    steps: Annotated[
+        int, typer.Option("--steps", help="Of each of two rounds of diffusion, 1,152 tokens.")
+    ] = 1500,
     causal_steps: Annotated[
         int, typer.Option("--causal-steps", help="Causal steps before them, and of the guide.")
     ] = 900,
@@ -112,7 +114,7 @@ def masked_diffusion(
 ) -> None:
     """Train the small masked-diffusion model and its guide from scratch, on additions and Python's documentation.
 
-    About 25 minutes on two CPU cores. Then: tokenworks diffuse "583+764=" --model OUT
+    About 40 minutes on two CPU cores. Then: tokenworks diffuse "583+764=" --model OUT
     """
     from tokenworks.decode.masked_diffusion import train_masked_diffusion
 

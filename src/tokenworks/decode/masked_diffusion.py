@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Protocol
@@ -195,7 +196,7 @@ def train_masked_diffusion(
     A run that was cut off goes on. 3.9 and 1.4 million parameters.
 
     Args:
-        steps: of diffusion training, `TOKENS` tokens each.
+        steps: of each of two rounds of diffusion training, `TOKENS` tokens each.
         causal_steps: of causal training before that, and of the guide's.
         seed: of the weights and of what is drawn.
 
@@ -214,14 +215,19 @@ def train_masked_diffusion(
         def causal(step: int, model: PreTrainedModel = model) -> Tensor:
             return causal_loss(model, data.at(step))
 
-        def masked(step: int, model: PreTrainedModel = model) -> Tensor:
-            chance = torch.Generator().manual_seed(1_000_003 * seed + step)
-            return diffusion_loss(model, data.at(causal_steps + step), MASK_ID, chance)
+        def masked(step: int, model: PreTrainedModel = model, first: int = 0) -> Tensor:
+            chance = torch.Generator().manual_seed(1_000_003 * seed + first + step)
+            return diffusion_loss(model, data.at(causal_steps + first + step), MASK_ID, chance)
 
-        stages = [("causal", causal, causal_steps), ("masked", masked, steps)]
-        for stage, loss_at, count in stages[: 2 if name == "diffusion" else 1]:
+        # The second round begins with the learning rate of the first, which by then had come down to nothing.
+        stages = [
+            ("causal", causal, causal_steps),
+            ("masked", masked, steps),
+            ("again", partial(masked, first=steps), steps),
+        ]
+        for stage, loss_at, count in stages if name == "diffusion" else stages[:1]:
             losses = _stage(model, loss_at, count, learning_rate, out / f"{name}-{stage}", progress)
-        before = causal_steps if name == "diffusion" else 0
+        before = causal_steps + steps if name == "diffusion" else 0
         for kind, first in (("additions", 0), ("documentation", 2)):
             last = losses[(first - before) % 3 :: 3][-50:]
             found[f"{name}, {kind}"] = sum(last) / max(1, len(last))
