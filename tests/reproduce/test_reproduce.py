@@ -116,6 +116,6 @@ def test_every_reproduction_is_reachable_and_bad_input_is_named(tmp_path: Path) 
     with pytest.raises(InputError, match="no paper 'nope'"):
         reproduce("nope", Run(1, True, tmp_path))
     with pytest.raises(InputError, match="no reproduction yet"):
-        reproduce("spectr", Run(1, True, tmp_path))
+        reproduce("awrs", Run(1, True, tmp_path))
     with pytest.raises(InputError, match="seeds: 0"):
         reproduce("token-recycling", Run(0, True, tmp_path))

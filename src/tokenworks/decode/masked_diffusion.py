@@ -220,7 +220,7 @@ def train_masked_diffusion(
             return diffusion_loss(model, data.at(causal_steps + first + step), MASK_ID, chance)
 
         # The second round begins with the learning rate of the first, which by then had come down to nothing.
-        stages = [
+        stages: list[tuple[str, Callable[[int], Tensor], int]] = [
             ("causal", causal, causal_steps),
             ("masked", masked, steps),
             ("again", partial(masked, first=steps), steps),
