@@ -17,6 +17,8 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
         out.write("all")
         assert not (tmp_path / "new" / "f.txt").exists()
     assert (tmp_path / "new" / "f.txt").read_text() == "all"
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "new" / "f.txt").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 @pytest.mark.parametrize("stop", [ValueError, KeyboardInterrupt])

@@ -9,13 +9,18 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.conftest import tiny_model
+from tokenworks.core.data import prompts
 from tokenworks.core.errors import InputError
 from tokenworks.core.measure import goodness_of_fit
+from tokenworks.core.models import load
 from tokenworks.core.sampling import Sampling
 from tokenworks.core.session import Session
+from tokenworks.core.text import encode_prompt, stop_ids
 from tokenworks.decode.contract import Draft, Drafter, TokenMatching, Verdict, Verifier
+from tokenworks.decode.distil import load_draft
 from tokenworks.decode.draft_model import DraftModel
 from tokenworks.decode.dyspec import DynamicTree
+from tokenworks.decode.grid import lossless_pairs
 from tokenworks.decode.registry import AIDED, DRAFTERS, METHODS, VERIFIER_OF, VERIFIERS, decoder
 from tokenworks.decode.rsd import ConstantBranching, RecursiveRejection, StochasticBeam
 from tokenworks.decode.spectr import IndependentDrafts, KSequential
@@ -153,3 +158,17 @@ def test_a_method_is_its_pair(tiny_llama: PreTrainedModel) -> None:
         assert decode.drafter.name == METHODS[method]
     mixed = decoder(session, draft="rsd-c", verify="token-matching", draft_model=helper)
     assert (mixed.drafter.name, mixed.verifier.name) == ("rsd-c", "token-matching")
+
+
+@pytest.mark.model
+def test_every_pair_writes_the_greedy_text_of_smollm2() -> None:
+    loaded = load("smollm2-135m")
+    session = Session(loaded.model)
+    pairs = lossless_pairs(session, load_draft(loaded.model, session.vocab_size), Sampling())
+    assert {draft for draft, _ in pairs} == set(DRAFTERS)
+    for prompt in prompts(split="test", limit=2):
+        ids = encode_prompt(loaded.tokenizer, prompt.text)
+        stops = stop_ids(loaded.model, loaded.tokenizer)
+        own = loaded.model.generate(torch.tensor([ids]), max_new_tokens=10, do_sample=False, eos_token_id=stops)
+        for pair, decode in pairs.items():
+            assert decode.generate(ids, 10, stops).token_ids == own[0, len(ids) :].tolist(), pair

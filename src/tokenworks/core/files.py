@@ -34,6 +34,10 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as out:
             yield out
+        # A temporary file is its owner's alone; what it becomes is as readable as any other new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except OSError as error:
         raise disk_error(error, path) from error
