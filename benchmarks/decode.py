@@ -134,19 +134,20 @@ def transformers_peers(loaded: LoadedModel, new_tokens: int, stops: list[int]) -
 def llama_cpp(loaded: LoadedModel, new_tokens: int, stops: list[int]) -> dict[str, Decode]:
     """llama.cpp on the same GGUF file; nothing where it is not installed."""
     try:
-        from llama_cpp import Llama
+        from xllamacpp import CommonParams, Server
     except ImportError:
         return {}
-    engine = Llama(str(loaded.gguf_path), n_ctx=2048, n_threads=torch.get_num_threads(), verbose=False)
+    settings = CommonParams()
+    settings.model.path = str(loaded.gguf_path)
+    settings.n_ctx, settings.n_parallel, settings.verbosity = 2048, 1, -1
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
+    server = Server(settings)
 
     def theirs(ids: list[int]) -> Output:
-        new: list[int] = []
-        engine.reset()
-        for token in engine.generate(ids, temp=0.0, repeat_penalty=1.0):
-            new.append(token)
-            if token in stops or len(new) == new_tokens:
-                break
-        return new, 0
+        request = {"prompt": ids, "max_tokens": new_tokens, "temperature": 0.0, "cache_prompt": False}
+        (made,) = server.handle_completions(request)["choices"]
+        ended = [stops[0]] if made["finish_reason"] == "stop" else []
+        return loaded.tokenizer(made["text"])["input_ids"] + ended, 0
 
     return {"llama.cpp": theirs}
 
