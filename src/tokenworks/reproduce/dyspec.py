@@ -51,7 +51,7 @@ from tokenworks.reproduce.result import Figure, Result
 MODEL = "smollm2-135m"
 SIZES, TEMPERATURES = (8, 16), (0.0, 0.6, 1.0)
 DEPTH = 5
-THRESHOLDS = (0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24)
+THRESHOLDS = (0.04, 0.08, 0.16, 0.24, 0.32, 0.4, 0.5, 0.65, 0.8)
 STATIC, DYNAMIC = ("k-ary", "static", "RSD-S"), ("DySpec", "threshold")
 RANKS = 8
 BLOCK, LARGE = 16, 64
