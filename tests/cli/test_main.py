@@ -111,7 +111,14 @@ def test_control_c_stops_cleanly(tmp_path: Path) -> None:
     tiny_model("llama", vocab_size=256, max_position_embeddings=50_000).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     command = [*COMMAND, "generate", "abc", "--raw", "-m", str(tmp_path), "-n", "49000", "-t", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background has them, and all they start, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     process.stdout.read(1)  # it is generating
     process.send_signal(signal.SIGINT)
