@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tokenworks.core.corpus import python_docs, train_bpe
+from tokenworks.core.corpus import pack, python_docs, train_bpe, windows
 from tokenworks.core.errors import InputError
 
 
@@ -25,3 +26,13 @@ def test_a_tokenizer_gives_back_every_text() -> None:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     with pytest.raises(InputError, match="vocab_size: 256 cannot hold"):
         train_bpe(["x"], 256, ["<pad>"])
+
+
+def test_texts_are_packed_and_windows_lie_within_them() -> None:
+    tokenizer = train_bpe(["some words"], 300, ["<end>"])
+    stream = pack(["some", "words"], tokenizer, 0)
+    assert tokenizer.decode(stream) == "some<end>words<end>"
+    found = windows(torch.arange(50), 200, 8, torch.Generator().manual_seed(0))
+    assert found.shape == (200, 8)
+    assert (found - found[:, :1]).equal(torch.arange(8).expand(200, -1))
+    assert found.equal(windows(torch.arange(50), 200, 8, torch.Generator().manual_seed(0)))

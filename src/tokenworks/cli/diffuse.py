@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from tokenworks.cli.traces import check_trace_out, show_trace
 from tokenworks.core.errors import InputError
-from tokenworks.core.files import atomic_write
 
 
 def diffuse(
@@ -54,8 +54,7 @@ def diffuse(
 
         tokenworks diffuse "Return the " -n 48 --no-guide --cache none --steps 12 --json
     """
-    if trace_out is not None and trace_out.suffix not in (".html", ".json"):
-        raise InputError(f"trace-out: {trace_out} must end in .html or .json")
+    check_trace_out(trace_out)
     if guide and steps is not None:
         raise InputError("steps: the guide decides how many there are; leave it out, or pass --no-guide")
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -99,8 +98,4 @@ def diffuse(
     if trace or trace_out:
         record = result.trace(tokenizer)
         record.meta |= {"title": text.strip()[:90], "cache": cache, "rule": rule if guide else "none"}
-        if trace:
-            typer.echo(record.to_terminal("step"), err=json_)
-        if trace_out is not None:
-            with atomic_write(trace_out) as out:
-                out.write(record.to_html() if trace_out.suffix == ".html" else json.dumps(record.to_dict()))
+        show_trace(record, "step", trace, trace_out, err=json_)

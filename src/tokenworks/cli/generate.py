@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from tokenworks.cli.traces import check_trace_out, show_trace
 from tokenworks.core.errors import InputError
-from tokenworks.core.files import atomic_write
 
 
 def generate(
@@ -63,8 +63,7 @@ def generate(
 
         tokenworks generate - --model ./my-model --temperature 0.8 --seed 7 --json < prompt.txt
     """
-    if trace_out is not None and trace_out.suffix not in (".html", ".json"):
-        raise InputError(f"trace-out: {trace_out} must end in .html or .json")
+    check_trace_out(trace_out)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise InputError("prompt: empty; write something for the model to answer or continue")
@@ -119,11 +118,7 @@ def generate(
     if trace or trace_out:
         found = result.trace(loaded.tokenizer)
         found.meta |= {"title": text.strip()[:90], "method": method, "model": model, "seed": seed}
-        if trace:
-            typer.echo(found.to_terminal("source"), err=json_)
-        if trace_out is not None:
-            with atomic_write(trace_out) as out:
-                out.write(found.to_html() if trace_out.suffix == ".html" else json.dumps(found.to_dict()))
+        show_trace(found, "source", trace, trace_out, err=json_)
 
 
 def _one(token: int):  # type: ignore[no-untyped-def]  # torch is imported late, see above

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tokenworks.cli.traces import check_trace_out, show_trace
 from tokenworks.core.errors import InputError
-from tokenworks.core.files import atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,8 +48,7 @@ def infill(
 
         tokenworks infill "If the file ___{4} not exist, ___{10} is raised." --draft bigram --seed 3 --json
     """
-    if trace_out is not None and trace_out.suffix not in (".html", ".json"):
-        raise InputError(f"trace-out: {trace_out} must end in .html or .json")
+    check_trace_out(trace_out)
     given = sys.stdin.read() if text == "-" else text
     if not BLANK.search(given):
         raise InputError("text: no blank in it; write ___ where something is to be filled in")
@@ -85,11 +84,7 @@ def infill(
     if trace or trace_out:
         record = result.trace(tokenizer)
         record.meta |= {"title": given.strip()[:90], "draft": draft, "k": k, "seed": seed}
-        if trace:
-            typer.echo(record.to_terminal("source"), err=json_)
-        if trace_out is not None:
-            with atomic_write(trace_out) as out:
-                out.write(record.to_html() if trace_out.suffix == ".html" else json.dumps(record.to_dict()))
+        show_trace(record, "source", trace, trace_out, err=json_)
 
 
 def with_holes(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, mask_token_id: int) -> list[int]:

@@ -17,8 +17,10 @@ from functools import lru_cache
 from pathlib import Path
 from pydoc_data import topics
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tokenworks.core.errors import InputError
 
@@ -70,6 +72,17 @@ def _docstrings(path: Path) -> Iterator[str]:
             text = ast.get_docstring(node)
             if text and len(text) >= SHORTEST:
                 yield inspect.cleandoc(text)
+
+
+def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, end_id: int) -> Tensor:
+    """All texts in a row, `end_id` after each: int64 [n]."""
+    return torch.tensor([token for text in texts for token in [*tokenizer(text)["input_ids"], end_id]])
+
+
+def windows(stream: Tensor, rows: int, length: int, random: torch.Generator) -> Tensor:
+    """So many stretches of a stream [n], drawn at random: int64 [rows, length]."""
+    first = torch.randint(len(stream) - length, (rows, 1), generator=random)
+    return stream[first + torch.arange(length)]
 
 
 def train_bpe(

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenworks.core.errors import InputError, NumericalError
 from tokenworks.core.files import atomic_write
@@ -95,3 +97,12 @@ def fit(
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return losses
+
+
+def save_small(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write a model whose head is tied to its embeddings in half precision, and its tokenizer."""
+    tokenizer.save_pretrained(out)
+    model.config.save_pretrained(out)
+    kept = {name: p.detach().half().contiguous() for name, p in model.named_parameters()}
+    with atomic_write(out / "model.safetensors", "wb") as file:
+        file.write(save(kept, metadata={"format": "pt"}))

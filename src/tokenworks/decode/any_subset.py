@@ -14,22 +14,19 @@ A content stream carries what stands at a position, a query stream predicts it w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, XLNetConfig, XLNetLMHeadModel
 
 from tokenworks.core.convert import no_bars
-from tokenworks.core.corpus import python_docs, train_bpe
+from tokenworks.core.corpus import pack, python_docs, train_bpe, windows
 from tokenworks.core.errors import InputError
-from tokenworks.core.files import atomic_write
-from tokenworks.core.training import Progress, fit, quiet
+from tokenworks.core.training import Progress, fit, quiet, save_small
 
 MASK, END = "<mask>", "<end>"
 """Special tokens: of a hole, and between documents."""
@@ -165,12 +162,6 @@ def some_holes(step: int, steps: int, length: int, random: torch.Generator) -> T
     return holes
 
 
-def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """All texts in a row, `END` after each: int64 [n]."""
-    ids = [[*tokenizer(text)["input_ids"], END_ID] for text in texts]
-    return torch.tensor([token for part in ids for token in part])
-
-
 def train_any_subset(
     out: Path, steps: int = 1200, learning_rate: float = 1e-3, seed: int = 0, progress: Progress = quiet
 ) -> dict[str, float]:
@@ -192,18 +183,16 @@ def train_any_subset(
         vocab_size=len(tokenizer), d_model=256, n_layer=6, n_head=4, d_inner=512, dropout=0.0, mem_len=None
     )
     model = XLNetLMHeadModel(config).train()
-    stream = pack(train, tokenizer)
+    stream = pack(train, tokenizer, END_ID)
 
     def loss_at(step: int) -> Tensor:
         random = torch.Generator().manual_seed(1_000_003 * seed + step)
-        first = torch.randint(len(stream) - LENGTH, (BATCH, 1), generator=random)
-        return any_subset_loss(
-            model, stream[first + torch.arange(LENGTH)], some_holes(step, steps, LENGTH, random)
-        )
+        rows = windows(stream, BATCH, LENGTH, random)
+        return any_subset_loss(model, rows, some_holes(step, steps, LENGTH, random))
 
     fit(model, loss_at, steps, learning_rate, out / "training.pt", weight_decay=0.01, progress=progress)
-    found = held_out(model.eval(), pack(test, tokenizer))
-    save_any_subset(model, tokenizer, out)
+    found = held_out(model.eval(), pack(test, tokenizer, END_ID))
+    save_small(model, tokenizer, out)
     return found
 
 
@@ -215,21 +204,11 @@ def held_out(model: XLNetLMHeadModel, stream: Tensor, batches: int = 12) -> dict
         losses = []
         for number in range(batches):
             random = torch.Generator().manual_seed(number)
-            first = torch.randint(len(stream) - LENGTH, (BATCH, 1), generator=random)
+            rows = windows(stream, BATCH, LENGTH, random)
             holes = torch.randperm(LENGTH, generator=random) < round(rate * LENGTH)
-            losses.append(float(any_subset_loss(model, stream[first + torch.arange(LENGTH)], holes)))
+            losses.append(float(any_subset_loss(model, rows, holes)))
         found[f"nats at {rate:.0%} masked"] = sum(losses) / len(losses)
     return found
-
-
-def save_any_subset(model: XLNetLMHeadModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write the model in half precision, and its tokenizer."""
-    tokenizer.save_pretrained(out)
-    model.config.save_pretrained(out)
-    # The head is tied to the embeddings.
-    kept = {name: p.detach().half().contiguous() for name, p in model.named_parameters()}
-    with atomic_write(out / "model.safetensors", "wb") as file:
-        file.write(save(kept, metadata={"format": "pt"}))
 
 
 def load_any_subset(folder: Path | None = None) -> tuple[XLNet, PreTrainedTokenizerBase]:

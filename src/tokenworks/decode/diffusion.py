@@ -178,13 +178,6 @@ def generate_diffusion(
     return state.finish()
 
 
-def without_mask(logits: Tensor, mask_token_id: int) -> Tensor:
-    """The logits of tokens that a slot may be filled with."""
-    allowed = logits.clone()
-    allowed[:, mask_token_id] = -torch.inf
-    return allowed
-
-
 class Writing:
     """A text under way."""
 
@@ -218,9 +211,12 @@ class Writing:
         return int((self.ids == self._proposer.model.mask_token_id).nonzero()[0])
 
     def propose(self) -> tuple[int, Tensor]:
+        """As `Proposer.logits`, without the mask, which no slot may be filled with."""
         begin, logits = self._proposer.logits(self.ids)
         self.found.unmasked_per_step.append(0)
-        return begin, without_mask(logits, self._proposer.model.mask_token_id)
+        allowed = logits.clone()
+        allowed[:, self._proposer.model.mask_token_id] = -torch.inf
+        return begin, allowed
 
     def write(self, slots: list[int], logits: Tensor, source: str, chances: Sequence[float] | None = None) -> None:
         """Fill slots with the model's first choice."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tokenworks.core.errors import InputError
 from tokenworks.core.session import Session, SlotCache
-from tokenworks.decode.diffusion import Diffusion, OnTokens, Writing, without_mask
+from tokenworks.decode.diffusion import Diffusion, OnTokens, Writing
 from tokenworks.decode.masked_diffusion import MaskedDiffusionLM
 
 Policy = Literal["none", "prompt", "block", "aggressive", "sliding"]
@@ -160,7 +160,7 @@ def generate_guided(
         begin, logits = state.propose()
         slot = state.next_slot
         own = logits[slot - begin :]
-        proposals: list[int] = without_mask(own, cache.model.mask_token_id).argmax(-1).tolist()
+        proposals: list[int] = own.argmax(-1).tolist()
         kept, chances = _guided(state, guide, proposals, rule, top_k, ratio, chance)
         # Every step writes at least one token: the model's own first choice.
         source, count = ("guided", kept) if kept else ("free", 1)

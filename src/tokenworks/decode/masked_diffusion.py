@@ -18,19 +18,18 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenworks.core.architectures import cache_argument
 from tokenworks.core.convert import no_bars
-from tokenworks.core.corpus import python_docs, train_bpe
+from tokenworks.core.corpus import pack, python_docs, train_bpe, windows
 from tokenworks.core.errors import InputError
 from tokenworks.core.files import atomic_write
 from tokenworks.core.packing import inference_view
 from tokenworks.core.session import SlotCache
-from tokenworks.core.training import Progress, fit, quiet
+from tokenworks.core.training import Progress, fit, quiet, save_small
 
 MASK, END = "<mask>", "<end>"
 """Special tokens: of a masked slot, and after the last token of a text."""
@@ -133,13 +132,12 @@ class _Data:
 
     def __init__(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         self._tokenizer, self._seed = tokenizer, seed
-        self._stream = torch.tensor([t for text in texts for t in [*tokenizer(text)["input_ids"], END_ID]])
+        self._stream = pack(texts, tokenizer, END_ID)
 
     def at(self, step: int) -> _Batch:
         if step % 3 == 2:
             chance = torch.Generator().manual_seed(1_000_003 * self._seed + step)
-            first = torch.randint(len(self._stream) - LENGTH, (TOKENS // LENGTH, 1), generator=chance)
-            rows = self._stream[first + torch.arange(LENGTH)]
+            rows = windows(self._stream, TOKENS // LENGTH, LENGTH, chance)
             return _Batch(rows, torch.ones_like(rows, dtype=torch.bool))
         # Problems 0 to 9,999 are kept for tests.
         count = TOKENS // (EXAMPLES * len("".join(addition(0))))
@@ -274,15 +272,6 @@ def _config(name: str) -> LlamaConfig:
         eos_token_id=END_ID,
         pad_token_id=None,
     )
-
-
-def save_small(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write a model whose head is tied to its embeddings in half precision, and its tokenizer."""
-    tokenizer.save_pretrained(out)
-    model.config.save_pretrained(out)
-    kept = {name: p.detach().half().contiguous() for name, p in model.named_parameters()}
-    with atomic_write(out / "model.safetensors", "wb") as file:
-        file.write(save(kept, metadata={"format": "pt"}))
 
 
 def load_masked_diffusion(

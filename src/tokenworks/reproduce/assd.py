@@ -25,17 +25,17 @@ import torch
 from scipy.stats import ks_2samp
 from torch import Tensor
 
-from tokenworks.core.corpus import python_docs
+from tokenworks.core.corpus import pack, python_docs
 from tokenworks.core.measure import Interval, bootstrap, mean_interval
 from tokenworks.core.models import load
 from tokenworks.core.sampling import Sampling
 from tokenworks.core.session import Session
-from tokenworks.decode.any_subset import LENGTH, XLNet, draft_mask, lattice_order, load_any_subset, pack
+from tokenworks.decode.any_subset import END_ID, LENGTH, XLNet, draft_mask, lattice_order, load_any_subset
 from tokenworks.decode.assd import infill, joint_log_prob
 from tokenworks.reproduce import Run
-from tokenworks.reproduce.drafting import figure
+from tokenworks.reproduce.judge import log_probs
 from tokenworks.reproduce.ledger import Ledger
-from tokenworks.reproduce.result import Figure, Result
+from tokenworks.reproduce.result import Figure, Result, exact, figure, line
 
 JUDGE = "smollm2-135m"
 RATES, DRAFTED = (0.95, 0.5), (2, 5, 10)
@@ -51,12 +51,11 @@ def run(settings: Run) -> Result:
     model, tokenizer = load_any_subset()
     loaded = load(JUDGE)
     judge = Session(loaded.model)
-    stream = pack(python_docs("test"), tokenizer)
+    stream = pack(python_docs("test"), tokenizer, END_ID)
     facts = {"texts": count, "length": LENGTH, "rates": RATES, "k": DRAFTED}
     ledger = Ledger(settings.folder / "unfinished" / "assd", {**facts, "torch": torch.__version__})
     ways = _ways(model)
     pieces: dict[float, list[dict[str, Piece]]] = {rate: [] for rate in RATES}
-    trace = None
     total = settings.seeds * count * len(RATES)
     for number in range(total):
         rate, text = RATES[number % len(RATES)], number // len(RATES)
@@ -146,12 +145,7 @@ def unchecked(model: XLNet, tokens: Tensor, k: int, seed: int) -> tuple[list[int
 
 def _judged(judge: Session, tokenizer: Any, text: str) -> float:
     """Nats a character of a text under another model."""
-    ids = tokenizer(text)["input_ids"]
-    parts: list[Tensor] = []
-    judge.rollback(0)
-    judge.prefill(ids, lambda _, logits: parts.append(torch.log_softmax(logits, -1)))
-    rows = torch.cat(parts)[:-1]
-    return -float(rows[torch.arange(len(rows)), torch.tensor(ids[1:])].sum()) / max(1, len(text))
+    return -float(log_probs(judge, tokenizer(text)["input_ids"]).sum()) / max(1, len(text))
 
 
 def _entropy(ids: list[int]) -> float:
@@ -193,9 +187,9 @@ def _figures(pieces: dict[float, list[dict[str, Piece]]]) -> list[Figure]:
         figure("Likelier than one token a pass by, the model's own nats a token", "nats", quality, -0.15, -0.3,
                ours=float(nats[MAIN].mean()), baseline=float(nats[SEQUENTIAL].mean()),
                baseline_name="one token a pass", paper="equal", headline=True),
-        figure("Same distribution of nats a token (Kolmogorov-Smirnov)", "p", Interval(same, same, same, 0.95),
+        figure("Same distribution of nats a token (Kolmogorov-Smirnov)", "p", exact(same),
                0.01, 0.001, ours=same, paper="equal", headline=True),
-        figure("Tokens by network calls, the worst text", "times", Interval(1 / bound, 1 / bound, 1 / bound, 0.95),
+        figure("Tokens by network calls, the worst text", "times", exact(1 / bound),
                1.0, 1.0, ours=1 / bound, paper="at least 1", headline=True, **others),
         figure("Worse without the check by", "nats a token", gap, 0.05, 0.0, ours=float(nats[UNCHECKED].mean()),
                baseline=float(nats[SEQUENTIAL].mean()), baseline_name="one token a pass"),
@@ -239,15 +233,7 @@ def _series(pieces: dict[float, list[dict[str, Piece]]]) -> list[dict[str, Any]]
                 )
                 for k in DRAFTED
             ]
-            lines.append(
-                {
-                    "name": f"{draft}, {rate:.0%} masked",
-                    "x": list(DRAFTED),
-                    "y": [s.value for s in shares],
-                    "low": [s.low for s in shares],
-                    "high": [s.high for s in shares],
-                }
-            )
+            lines.append(line(f"{draft}, {rate:.0%} masked", DRAFTED, shares))
     return [
         {
             "title": "Network calls for each token that was filled in",

@@ -17,7 +17,6 @@ from tokenworks.core.text import encode_prompt, stop_ids
 from tokenworks.decode.speculative import SpeculativeDecoder
 from tokenworks.reproduce import Run
 from tokenworks.reproduce.ledger import Ledger
-from tokenworks.reproduce.result import Figure
 
 Counts = dict[str, float]
 
@@ -144,10 +143,3 @@ def _generation(
         return {"token_ids": made.token_ids, "counts": counts}
 
     return work
-
-
-def figure(
-    name: str, unit: str, found: Interval, confirm_at: float, refute_below: float, ours: float, **about: Any
-) -> Figure:
-    """A Figure from an Interval."""
-    return Figure(name, unit, found.value, (found.low, found.high), confirm_at, refute_below, ours, **about)

@@ -44,9 +44,9 @@ from tokenworks.decode.rsd import ConstantBranching, RecursiveRejection, Stochas
 from tokenworks.decode.speculative import SpeculativeDecoder
 from tokenworks.decode.speculative_sampling import residual
 from tokenworks.reproduce import Run
-from tokenworks.reproduce.drafting import Comparison, compare, figure
+from tokenworks.reproduce.drafting import Comparison, compare
 from tokenworks.reproduce.ledger import Ledger
-from tokenworks.reproduce.result import Figure, Result
+from tokenworks.reproduce.result import Figure, Result, exact, figure, line
 
 MODEL = "smollm2-135m"
 SIZES, TEMPERATURES = (8, 16), (0.0, 0.6, 1.0)
@@ -294,7 +294,7 @@ def _figures(found: Comparison, tested: list[list[tuple[float, float]]]) -> list
         figure("Block efficiency against the best fixed tree of equal size", "ratio", gain, 1.05, 1.0,
                ours=mean(lambda cell: "DySpec"), baseline=mean(lambda cell: best[cell]),
                baseline_name="the best of k-ary, static and RSD-S in each cell", headline=True),
-        figure("Sizes and temperatures at which it is ahead", "share", Interval(wins, wins, wins, 0.95), 0.51, 0.5,
+        figure("Sizes and temperatures at which it is ahead", "share", exact(wins), 0.51, 0.5,
                ours=wins, baseline=0.5, baseline_name="half", headline=True),
         figure("The threshold variant against greedy expansion", "ratio", variant, 0.95, 0.9,
                ours=mean(lambda cell: "threshold"), baseline=mean(lambda cell: "DySpec"),
@@ -329,15 +329,7 @@ def _series(found: Comparison, tested: list[list[tuple[float, float]]]) -> list[
     lines = []
     for name in (*STATIC, *DYNAMIC):
         at = [found.efficiency(f"{name}, N={max(SIZES)}, T={heat}") for heat in TEMPERATURES]
-        lines.append(
-            {
-                "name": name,
-                "x": list(TEMPERATURES),
-                "y": [e.value for e in at],
-                "low": [e.low for e in at],
-                "high": [e.high for e in at],
-            }
-        )
+        lines.append(line(name, TEMPERATURES, at))
     return [
         {
             "title": "The premise: draft probability and acceptance, in ten equal parts",

@@ -29,9 +29,9 @@ from tokenworks.decode.diffusion import Diffusion, generate_diffusion
 from tokenworks.decode.freecache_guided_diffusion import FreeCache, generate_guided
 from tokenworks.decode.masked_diffusion import BidirectionalLlama, addition, load_masked_diffusion
 from tokenworks.reproduce import Run
-from tokenworks.reproduce.drafting import figure
+from tokenworks.reproduce.judge import log_probs
 from tokenworks.reproduce.ledger import Ledger
-from tokenworks.reproduce.result import Figure, Result
+from tokenworks.reproduce.result import Figure, Result, figure, line
 
 JUDGE = "smollm2-135m"
 SLOTS, BLOCK, WINDOW = 32, 8, 16
@@ -161,11 +161,7 @@ def nats_after(judge: Session, tokenizer: PreTrainedTokenizerBase, before: str, 
     known, ids = tokenizer(before)["input_ids"], tokenizer(new)["input_ids"]
     if not ids:
         return 0.0
-    parts: list[Tensor] = []
-    judge.rollback(0)
-    judge.prefill([*known, *ids], lambda _, logits: parts.append(torch.log_softmax(logits, -1)))
-    rows = torch.cat(parts)[len(known) - 1 : -1]
-    return -float(rows[torch.arange(len(ids)), torch.tensor(ids)].sum()) / len(new)
+    return -float(log_probs(judge, [*known, *ids])[len(known) - 1 :].sum()) / len(new)
 
 
 def _column(pieces: list[dict[str, Piece]], name: str, what: str) -> np.ndarray:
@@ -245,15 +241,7 @@ def _series(written: dict[int, list[dict[str, Piece]]]) -> list[dict[str, Any]]:
     lines = []
     for name in (QUARTER, "FreeCache, sliding", "guided", BOTH):
         speeds = [_faster(part, name, PLAIN) for part in written.values()]
-        lines.append(
-            {
-                "name": name,
-                "x": list(written),
-                "y": [s.value for s in speeds],
-                "low": [s.low for s in speeds],
-                "high": [s.high for s in speeds],
-            }
-        )
+        lines.append(line(name, written, speeds))
     return [
         {
             "title": f"Speed against one token a step, {LONG} slots",

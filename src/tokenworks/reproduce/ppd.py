@@ -41,9 +41,9 @@ from tokenworks.decode.ppd_training import (
 )
 from tokenworks.decode.speculative import SpeculativeDecoder
 from tokenworks.reproduce import Run
-from tokenworks.reproduce.drafting import Comparison, compare, figure
+from tokenworks.reproduce.drafting import Comparison, compare
 from tokenworks.reproduce.ledger import Ledger
-from tokenworks.reproduce.result import Figure, Result
+from tokenworks.reproduce.result import Figure, Result, exact, figure, line
 
 MODEL = "smollm2-135m"
 LARGE = 105
@@ -217,7 +217,7 @@ def _figures(found: Comparison, hits: list[dict[str, Any]], trained: TrainedProm
         figure("Speed of the tree fitted to the machine", "times", found.speed(FITTED, PLAIN), 1.1, 1.0,
                ours=speed[FITTED], baseline=speed[PLAIN], baseline_name="plain decoding",
                paper="up to 2.49 (A100)", headline=True),
-        figure("Prompts with the words of plain decoding", "share", Interval(same, same, same, 0.95), 1.0, 1.0,
+        figure("Prompts with the words of plain decoding", "share", exact(same), 1.0, 1.0,
                ours=same, baseline=1.0, baseline_name="plain decoding", paper="all", headline=True),
         figure(f"Speed of the tree fitted to the machine, against {LARGE} slots", "times",
                found.speed(FITTED, WIDE), 1.0, 1.0, ours=speed[FITTED], baseline=speed[WIDE], baseline_name=WIDE),
@@ -230,15 +230,7 @@ def _series(hits: list[dict[str, Any]], trained: TrainedPrompts, cost: Any) -> l
     lines = []
     for name in GUESSERS:
         shares = [_share(hits, name, ahead) for ahead in range(len(trained.accuracy))]
-        lines.append(
-            {
-                "name": name,
-                "x": [ahead + 2 for ahead in range(len(shares))],
-                "y": [s.value for s in shares],
-                "low": [s.low for s in shares],
-                "high": [s.high for s in shares],
-            }
-        )
+        lines.append(line(name, [ahead + 2 for ahead in range(len(shares))], shares))
     budgets = [1, 2, 4, 6, 8, 12, 16, 24, 32, 48]
     trees = [dynamic_trees(trained.accuracy, budget) for budget in budgets]
     return [

@@ -7,11 +7,13 @@ types one in.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenworks.core.files import atomic_write
+from tokenworks.core.measure import Interval
 
 CONFIRMED = "confirmed"
 NOT_CONFIRMED = "not confirmed at this scale"
@@ -55,6 +57,29 @@ class Figure:
         if low >= self.confirm_at:
             return CONFIRMED
         return REFUTED if high < self.refute_below else NOT_CONFIRMED
+
+
+def figure(
+    name: str, unit: str, found: Interval, confirm_at: float, refute_below: float, ours: float, **about: Any
+) -> Figure:
+    """A Figure from an Interval."""
+    return Figure(name, unit, found.value, (found.low, found.high), confirm_at, refute_below, ours, **about)
+
+
+def exact(value: float) -> Interval:
+    """Of a quantity that was counted, not estimated."""
+    return Interval(value, value, value, 0.95)
+
+
+def line(name: str, x: Iterable[float], found: Sequence[Interval]) -> dict[str, Any]:
+    """A line of a plot, with its intervals."""
+    return {
+        "name": name,
+        "x": list(x),
+        "y": [each.value for each in found],
+        "low": [each.low for each in found],
+        "high": [each.high for each in found],
+    }
 
 
 @dataclass

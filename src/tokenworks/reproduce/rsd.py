@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from tokenworks.core.data import prompts
-from tokenworks.core.measure import Interval
 from tokenworks.core.models import load
 from tokenworks.core.sampling import Sampling
 from tokenworks.core.session import Session
@@ -28,9 +27,9 @@ from tokenworks.decode.spectr import IndependentDrafts, KSequential
 from tokenworks.decode.speculative import SpeculativeDecoder
 from tokenworks.decode.speculative_sampling import DraftChain, SpeculativeSampling
 from tokenworks.reproduce import Run
-from tokenworks.reproduce.drafting import Comparison, compare, figure
+from tokenworks.reproduce.drafting import Comparison, compare
 from tokenworks.reproduce.ledger import Ledger
-from tokenworks.reproduce.result import Figure, Result
+from tokenworks.reproduce.result import Figure, Result, exact, figure, line
 
 MODEL = "smollm2-135m"
 TEMPERATURES = (0.3, 1.0)
@@ -157,9 +156,8 @@ def _figures(found: Comparison) -> list[Figure]:
             figures.append(ahead(where, "RSD-S", theirs, "ahead in most cases", False))
             wins.append(figures[-1].value > 1)
     share = sum(wins) / len(wins)
-    exact = Interval(share, share, share, 0.95)
     figures.append(
-        figure("Budgets and temperatures at which RSD-S is ahead of both", "share", exact, 0.51, 0.5,
+        figure("Budgets and temperatures at which RSD-S is ahead of both", "share", exact(share), 0.51, 0.5,
                ours=share, baseline=0.5, baseline_name="half", paper="most", headline=True)
     )  # fmt: skip
     return figures
@@ -171,15 +169,7 @@ def _series(found: Comparison) -> list[dict[str, Any]]:
         lines = []
         for method in (*OTHERS, *OURS):
             at = [found.efficiency(f"{method}, budget {budget}, T={heat}") for budget in SHAPES]
-            lines.append(
-                {
-                    "name": method,
-                    "x": list(SHAPES),
-                    "y": [e.value for e in at],
-                    "low": [e.low for e in at],
-                    "high": [e.high for e in at],
-                }
-            )
+            lines.append(line(method, SHAPES, at))
         plots.append(
             {
                 "title": f"Tokens a pass at equal numbers of drafted tokens, temperature {heat}",

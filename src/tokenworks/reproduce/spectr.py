@@ -21,7 +21,7 @@ from tokenworks.core.data import prompts
 from tokenworks.core.measure import mean_interval, ratio_of_sums
 from tokenworks.core.models import load
 from tokenworks.core.sampling import Sampling
-from tokenworks.core.session import Engine, Session
+from tokenworks.core.session import Session
 from tokenworks.core.text import encode_prompt
 from tokenworks.decode.distil import load_draft
 from tokenworks.decode.draft_model import DraftModel
@@ -29,9 +29,10 @@ from tokenworks.decode.rsd import RecursiveRejection
 from tokenworks.decode.spectr import IndependentDrafts, KSequential, acceptance, optimal_acceptance
 from tokenworks.decode.speculative import SpeculativeDecoder
 from tokenworks.reproduce import Run
-from tokenworks.reproduce.drafting import Comparison, compare, figure
+from tokenworks.reproduce.drafting import Comparison, compare
+from tokenworks.reproduce.judge import read_logits
 from tokenworks.reproduce.ledger import Ledger
-from tokenworks.reproduce.result import Figure, Result
+from tokenworks.reproduce.result import Figure, Result, figure, line
 
 MODEL = "smollm2-135m"
 LENGTH = 3
@@ -91,19 +92,11 @@ def run(settings: Run) -> Result:
 def pairs(session: Session, draft: DraftModel, prompt: Sequence[int], text: Sequence[int]) -> Iterator[Tensor]:
     """At each place of `text` the draft's and the target's distribution of the next token: float64 [2, V]."""
     draft.start(prompt, SAMPLED, None)
-    both = (_logits(engine, [*prompt, *text])[len(prompt) - 1 : -1] for engine in (session, draft.session))
+    both = (read_logits(engine, [*prompt, *text])[len(prompt) - 1 : -1] for engine in (session, draft.session))
     for q_logits, p_logits in zip(*both, strict=True):
         p = torch.zeros(session.vocab_size, dtype=torch.float64)
         p[draft.vocabulary] = draft.distribution(p_logits[: len(draft.vocabulary)]).double()
         yield torch.stack([p, SAMPLED.distribution(q_logits).double()])
-
-
-def _logits(engine: Engine, tokens: Sequence[int]) -> Tensor:
-    """After each of the tokens: [n, V]."""
-    parts: list[Tensor] = []
-    engine.rollback(0)
-    engine.prefill(tokens, lambda _, logits: parts.append(logits))
-    return torch.cat(parts)
 
 
 def _acceptances(session: Session, draft: DraftModel, prompt: Sequence[int], text: Sequence[int]) -> Any:
@@ -151,29 +144,13 @@ def _series(found: Comparison, shares: list[dict[str, Any]]) -> list[dict[str, A
             mean_interval([s["sums"][str(k)][place] / s["places"] for s in shares if s["places"]])
             for k in CANDIDATES
         ]
-        lines.append(
-            {
-                "name": name,
-                "x": list(CANDIDATES),
-                "y": [m.value for m in means],
-                "low": [m.low for m in means],
-                "high": [m.high for m in means],
-            }
-        )
+        lines.append(line(name, CANDIDATES, means))
     return [
         {
             "title": f"Tokens a pass against the number of drafts of {LENGTH} tokens",
             "x_label": "drafts",
             "y_label": "block efficiency",
-            "lines": [
-                {
-                    "name": "SpecTr",
-                    "x": list(DRAFTS),
-                    "y": [e.value for e in drafts],
-                    "low": [e.low for e in drafts],
-                    "high": [e.high for e in drafts],
-                }
-            ],
+            "lines": [line("SpecTr", DRAFTS, drafts)],
         },
         {
             "title": "Probability that one of k candidates is accepted",
