@@ -37,7 +37,7 @@ def enumerate_weights(
     found = torch.zeros(len(p), dtype=torch.float64)
     for chosen in itertools.product(list(orders(p)), repeat=passes):
         runs = iter(order for order, _ in chosen)
-        patch.setattr(awrs, "gumbel_order", lambda log_p, generator, runs=runs: iter(next(runs)))
+        patch.setattr(awrs, "without_replacement", lambda p, generator, runs=runs: iter(next(runs)))
         drawn = draw(p.log(), lambda token: allowed[token], None)
         if drawn.token is not None:
             found[drawn.token] += math.prod(chance for _, chance in chosen) * math.exp(drawn.log_weight)
@@ -71,7 +71,7 @@ def test_the_first_pass_alone_would_be_biased(monkeypatch: pytest.MonkeyPatch) -
 
     def one_pass(log_p: Tensor, accept: awrs.Accept, generator: torch.Generator | None) -> awrs.TokenDraw:
         rejected = 0.0
-        for token in awrs.gumbel_order(log_p, generator):
+        for token in awrs.without_replacement(log_p.exp(), generator):
             if accept(token):
                 return awrs.TokenDraw(token, math.log(1 - rejected), 1)
             rejected += float(log_p[token].exp())
@@ -105,6 +105,16 @@ def test_more_acceptances_lower_the_variance() -> None:
         return float(torch.tensor([math.exp(d.log_weight) for d in drawn]).std())
 
     assert spread(4) < 0.75 * spread(2)
+
+
+def test_drawing_without_replacement_follows_plackett_and_luce() -> None:
+    p = torch.tensor([0.6, 0.25, 0.1, 0.05], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    counts = Counter(tuple(awrs.without_replacement(p, generator)) for _ in range(6000))
+    exact = dict(orders(p))
+    fit = goodness_of_fit([counts[order] for order in exact], list(exact.values()), effect=0.06)
+    assert fit.passed, fit
+    assert fit.power > 0.9
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("proposal", "greedy", "geometric")])

@@ -121,7 +121,7 @@ class Posterior:
             length = max((len(particle.tokens) for particle in self.particles), default=0)
             raise InputError(
                 f"constraint: no text that satisfies it was found; all {len(self.particles)} particles died "
-                f"within {length + 1} tokens. Allow more tokens, use more particles, or say in the prompt what is wanted"
+                f"within {length + 1} tokens. Allow more tokens, use more particles, or ask for it in the prompt"
             )
         text = next(iter(probabilities))
         return next(p for p in self.particles if p.text == text and p.log_weight > -math.inf)
