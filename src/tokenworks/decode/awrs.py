@@ -18,11 +18,15 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenworks.core.errors import InputError, NumericalError
 from tokenworks.core.sampling import top_ids
+
+Floats = NDArray[np.float64]
 
 Accept = Callable[[int], bool]
 """The checker c: whether a token may come next."""
@@ -82,34 +86,39 @@ class _Checked:
         )
 
 
-def _normalised(log_p: Tensor) -> tuple[Tensor, float]:
-    """p as float64 [V], and the mass it had before."""
-    p = log_p.exp().double()
-    mass = p.sum()
-    return p / mass, float(mass)
+def _normalised(log_p: Tensor) -> tuple[Floats, float]:
+    """p as float64 [V], and the mass it had before. In numpy, whose single numbers are quick to look up."""
+    p = log_p.exp().double().numpy()
+    mass = float(p.sum())
+    return p / mass, mass
 
 
-def without_replacement(p: Tensor, generator: torch.Generator | None) -> Iterator[int]:
+def without_replacement(p: Floats, generator: torch.Generator | None) -> Iterator[int]:
     """Tokens drawn from p [V] one after another, none twice, until none is left that is possible.
 
     Draws with replacement of which repeats are passed over, which is the same law; the urn is emptied of what was
     drawn whenever that is half of it. Most searches end after a few draws, and sorting Gumbel noise over the whole
     vocabulary, the usual way, would be most of their time.
     """
-    p, drawn = p.clone(), set[int]()
+    drawn: list[int] = []
+    left, several = p, 8
     while True:
-        edges = p.cumsum(0)
+        edges = left.cumsum()
         total, gone = float(edges[-1]), 0.0
         if total <= 0:
             return
+        new = set[int]()
         while gone < total / 2:
-            place = torch.rand(8, generator=generator, dtype=torch.float64) * total
-            for token in torch.searchsorted(edges, place, right=True).clamp(max=len(p) - 1).tolist():
-                if token not in drawn and p[token] > 0:
-                    drawn.add(token)
-                    gone += float(p[token])
+            place = torch.rand(several, generator=generator, dtype=torch.float64).numpy() * total
+            for token in np.searchsorted(edges, place, side="right").clip(max=len(p) - 1).tolist():
+                if token not in new and left[token] > 0:
+                    new.add(token)
+                    gone += float(left[token])
                     yield token
-        p[list(drawn)] = 0.0
+            several = min(2 * several, 256)
+        drawn += new
+        left = p.copy()
+        left[drawn] = 0.0
 
 
 def two_pass(log_p: Tensor, accept: Accept, generator: torch.Generator | None = None) -> TokenDraw:
@@ -221,8 +230,8 @@ def _phantoms(chance: float, generator: torch.Generator | None) -> float:
 
 def awrs(log_p: Tensor, accept: Accept, generator: torch.Generator | None = None) -> TokenDraw:
     """`geometric` where one token holds most of p, else `recursive`: the authors' choice."""
-    p, _ = _normalised(log_p)
-    chosen = geometric if float(p.max()) >= 2 / 3 else recursive
+    highest = float((log_p.max() - torch.logsumexp(log_p, 0)).exp())
+    chosen = geometric if highest >= 2 / 3 else recursive
     return chosen(log_p, accept, generator)
 
 
@@ -235,7 +244,7 @@ def rejection(log_p: Tensor, accept: Accept, generator: torch.Generator | None =
     found: list[int] = []
     checks, refused = 0, None
     while len(found) < 2:
-        for token in torch.multinomial(p, 64, replacement=True, generator=generator).tolist():
+        for token in torch.multinomial(torch.from_numpy(p), 64, replacement=True, generator=generator).tolist():
             checks += 1
             if accept(token):
                 found.append(token)
@@ -273,7 +282,7 @@ def draw_masked(
 def proposal(log_p: Tensor, accept: Accept, generator: torch.Generator | None = None) -> TokenDraw:
     """The model's own next token; w = 1 or 0. Particles with it are sample-and-rerank, or twisted SMC."""
     p, mass = _normalised(log_p)
-    token = int(torch.multinomial(p, 1, generator=generator))
+    token = int(torch.multinomial(torch.from_numpy(p), 1, generator=generator))
     allowed = accept(token)
     return TokenDraw(token if allowed else None, math.log(mass) if allowed else -math.inf, 1,
                      None if allowed else token)  # fmt: skip
