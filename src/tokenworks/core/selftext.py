@@ -7,7 +7,7 @@ the row is full (as in Magpie, arXiv 2406.08464). A model without a chat templat
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,13 +69,21 @@ class SelfText:
 
 @torch.inference_mode()
 def write_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int = 384, seed: int = 0, rows: int = ROWS
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int = 384,
+    seed: int = 0,
+    rows: int = ROWS,
+    temperatures: Sequence[float] = TEMPERATURES,
 ) -> SelfText:
-    """Let `model` write `rows` rows of `length` tokens, in one batch."""
+    """Let `model` write `rows` rows of `length` tokens, in one batch; `temperatures` are those of its answers."""
     view, cache = inference_view(model), SlotCache()
     decoder = view.get_decoder()
     generator = torch.Generator().manual_seed(seed)
-    writers = [_Writer(tokenizer, random.Random(seed * rows + row), row) for row in range(rows)]
+    writers = [
+        _Writer(tokenizer, random.Random(seed * rows + row), temperatures[row % len(temperatures)])
+        for row in range(rows)
+    ]
     kept, states, free = [], [], []
     tokens = torch.tensor([writer.next(None) for writer in writers])
     for position in range(length):
@@ -105,12 +113,11 @@ def _draw(logits: Tensor, writers: list[_Writer], generator: torch.Generator) ->
 class _Writer:
     """One row: what is given to the model, and when its own choice counts."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chance: random.Random, row: int) -> None:
-        self._tokenizer, self._chance = tokenizer, chance
-        self._answer_heat = TEMPERATURES[row % len(TEMPERATURES)]
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chance: random.Random, answer_heat: float) -> None:
+        self._tokenizer, self._chance, self._answer_heat = tokenizer, chance, answer_heat
         self.free = False
         """Whether the token that `next` returned last was the model's own."""
-        self._before, self._between = _template(tokenizer)
+        self._before, self._between = chat_marks(tokenizer)
         self._given: Iterator[int] = iter(())
         self._asking, self._asked = True, 0
         self._begin()
@@ -145,7 +152,7 @@ class _Writer:
         self._asking, self._asked = bool(self._between), 0
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def chat_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """What the chat template puts before a user's message and between it and the answer; empty without one."""
     if tokenizer.chat_template is None:
         return [], []

@@ -11,7 +11,8 @@ knows of sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +65,8 @@ class Session:
 
     Attributes:
         vocab_size: V, the width of the logits.
+        keep_hidden: set it to have `hidden` after every pass.
+        hidden: float [N, d], what the head made the last pass's logits of, one row for each that was asked for.
         input_size: ids from 0 to here may be put in. More than V after `add_inputs`, or with a model whose head
             knows only a part of what it reads.
 
@@ -87,6 +90,8 @@ class Session:
         self.window: int | None = sliding_window(config)
         self.tokens: list[int] = []
         """Committed token ids."""
+        self.keep_hidden = False
+        self.hidden: Tensor | None = None
         self._view = inference_view(model)
         self.device: torch.device = model.device
         self._dtype = model.dtype
@@ -273,7 +278,16 @@ class Session:
         self._check_room(int(depths.max()) + 1)
         positions = before + depths
         self._cache.begin(before + first, len(tree))
-        logits = self._view(
+        with self._watching_head():
+            logits = self._run(tree, positions, ancestors, keep_logits)
+        self._pending_tokens += tree.tokens.tolist()
+        self._pending_parents += tree.shape.parents
+        self._pending_depths, self._pending_ancestors = depths, ancestors
+        return logits
+
+    def _run(self, tree: TokenTree, positions: Tensor, ancestors: Tensor, keep_logits: int) -> Tensor:
+        first = self.pending
+        logits: Tensor = self._view(
             **self._inputs(tree.tokens.to(self.device)),
             position_ids=positions[first:].to(self.device)[None],
             attention_mask=self._bias(positions, ancestors[first:], first).to(self.device),
@@ -281,10 +295,23 @@ class Session:
             logits_to_keep=keep_logits,
             **{self._cache_argument: self._cache},
         ).logits
-        self._pending_tokens += tree.tokens.tolist()
-        self._pending_parents += tree.shape.parents
-        self._pending_depths, self._pending_ancestors = depths, ancestors
         return logits
+
+    @contextmanager
+    def _watching_head(self) -> Iterator[None]:
+        """Keep what goes into the head. The view is shared by all Sessions of a model, so only for one pass."""
+        if not self.keep_hidden:
+            yield
+            return
+
+        def keep(_: object, inputs: tuple[Tensor, ...]) -> None:
+            self.hidden = inputs[0][0]
+
+        handle = self._view.get_output_embeddings().register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
         if self._added is None:

@@ -158,6 +158,7 @@ class ByteLM:
         self._prefix: list[int] = []
         self._rows: list[_Row] = []
         self._known: dict[tuple[int, ...], _Row] = {}
+        self._base: tuple[int, ...] = ()
 
     @torch.inference_mode()
     def start(self, prompt: bytes | str = b"", prefix_ids: Sequence[Sequence[int]] | None = None) -> None:
@@ -178,13 +179,27 @@ class ByteLM:
                 "prefix_ids: this tokenizer has no token that begins a text, and the first token of one cannot be "
                 "given a probability without; name the ids that stand before the text"
             )
-        self._prefix, self.data, self._rows, self._known = prefix, b"", [], {}
+        self._prefix, self.data, self._known = prefix, data, {}
+        # Only tokens that begin near the end can reach beyond it. What all their lefts share is read like any text,
+        # and its probability, common to all, left out.
+        near = [at for at in range(max(0, len(data) - self.spelling.longest), len(data) + 1) if self._reaches(at)]
+        lefts = [left for at in near for left in self.encodings.lefts(data[:at])]
+        base = lefts[0]
+        for left in lefts:
+            base = base[: _common(base, left)]
+        self._base = base
         self.session.rollback(0)
-        logits = self.session.prefill(prefix)
+        logits = self.session.prefill([*prefix, *base])
         self.passes += 1
-        self._keep((), 0, 0.0, logits)
-        self._rows = [self._known[()]]
-        self._read(data)
+        self._keep(base, len(self.encodings.vocabulary.join(base)), 0.0, logits)
+        self._run(lefts)
+        self._rows = [row for row in self._known.values() if self._weight(row) > 0]
+        self._check_rows()
+
+    def _reaches(self, at: int) -> bool:
+        """Whether a token that begins at byte `at` can go beyond the text, or none is needed."""
+        low, high = self.spelling.beyond(self.data[at:])
+        return high > low
 
     def next_byte(self) -> Tensor:
         """Log-probabilities of the next byte, and of the end at `END`: float64 [257]."""
@@ -237,14 +252,17 @@ class ByteLM:
                 self.data += bytes([byte])
                 self._rows += [row for row in self._known.values() if row.at == len(self.data)]
                 self._rows = [row for row in self._rows if self._weight(row) > 0]
-                if not self._rows:
-                    raise InputError(
-                        f"text: the model's tokenizer has no encoding that begins with {self.data[-40:]!r}"
-                    )
+                self._check_rows()
                 found.append(self._log_cover())
             oldest = min(row.at for row in self._rows)
-            self._known = {left: row for left, row in self._known.items() if row.at >= oldest or not left}
+            self._known = {
+                left: row for left, row in self._known.items() if row.at >= oldest or left == self._base
+            }
         return found
+
+    def _check_rows(self) -> None:
+        if not self._rows:
+            raise InputError(f"text: the model's tokenizer has no encoding that begins with {self.data[-40:]!r}")
 
     def _weight(self, row: _Row) -> float:
         """Share of a row's members that begin with the text so far, those that end with it counted as rows."""
@@ -260,7 +278,8 @@ class ByteLM:
 
     def _run(self, lefts: Sequence[tuple[int, ...]]) -> None:
         """Rows for sequences that have none, and for their beginnings, in one pass over a tree of them."""
-        new = [left for left in lefts if left not in self._known]
+        depth = len(self._base)
+        new = [left for left in lefts if left not in self._known and left[:depth] == self._base]
         if not new:
             return
         session, offset = self.session, len(self._prefix)
