@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
+from tokenworks.cli import ways
 from tokenworks.cli.traces import check_trace_out, show_trace
+from tokenworks.cli.ways import Task, Wanted
 from tokenworks.core.errors import InputError
 
 
@@ -19,8 +21,9 @@ def generate(
         str, typer.Option("--model", "-m", help="smollm2-135m, gemma-3-270m, a Hub id, a folder, or a .gguf file.")
     ] = "smollm2-135m",
     method: Annotated[
-        str, typer.Option("--method", help="The decoder's slug; autoregressive is plain decoding.")
-    ] = "token-recycling",
+        str | None,
+        typer.Option("--method", help="The decoder's slug, token-recycling; autoregressive is plain decoding."),
+    ] = None,
     draft: Annotated[
         str | None, typer.Option("--draft", help="The drafter, instead of the method's: rsd-s, dyspec, ...")
     ] = None,
@@ -30,10 +33,39 @@ def generate(
     draft_model: Annotated[
         str | None, typer.Option("--draft-model", help="Your own draft model, for drafters that need one.")
     ] = None,
+    regex: Annotated[
+        str | None, typer.Option("--regex", help="Write only what this regular expression matches (AWRS).")
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", help="Write only JSON that the schema in this file accepts.")
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option("--grammar", help="Write only what the grammar in this file, Lark's, produces.")
+    ] = None,
+    particles: Annotated[
+        int | None, typer.Option("--particles", help="Texts that a constraint weighs, 5; 1 at temperature 0.")
+    ] = None,
+    route: Annotated[
+        bool, typer.Option("--route", help="A small model writes, and --model where a router says so (R2R).")
+    ] = False,
+    router: Annotated[
+        Path | None, typer.Option("--router", help="Your own router, from `tokenworks train router`.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", help="Of --route or adadec, instead of the one that was learned.")
+    ] = None,
+    bytes_: Annotated[
+        bool, typer.Option("--bytes", help="Write byte by byte; the prompt may end inside a token.")
+    ] = False,
+    ensemble: Annotated[
+        list[str] | None, typer.Option("--ensemble", help="With --bytes, another model to average with; repeatable.")
+    ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens.")
+        int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens, or bytes with --bytes.")
     ] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 is greedy.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", "-t", help="0, greedy, by default; 1 under a constraint.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Sample from the k likeliest tokens only.")] = None,
     top_p: Annotated[
         float | None, typer.Option("--top-p", help="Sample from the likeliest tokens that sum to p.")
@@ -51,7 +83,8 @@ def generate(
     """Generate text with your model, by any decoding method.
 
     The text streams as it is confirmed. Lossless methods, such as token-recycling, give the very words of plain
-    decoding when greedy, and draws from the same distribution when sampling; only the speed differs.
+    decoding when greedy, and draws from the same distribution when sampling; only the speed differs. A constraint,
+    --route, --bytes and adadec change which words are chosen.
 
     Examples:
 
@@ -61,67 +94,92 @@ def generate(
 
         tokenworks generate "Name three rivers." --draft rsd-s --verify token-matching --temperature 0.8
 
+        tokenworks generate "Give me a date." --regex "[0-9]{4}-[0-9]{2}-[0-9]{2}" --trace
+
+        tokenworks generate "Describe a person." --json-schema person.json --particles 8 --json
+
+        tokenworks generate "Why is the sky blue?" --route --trace
+
+        tokenworks generate "The capital of Fra" --raw --bytes --ensemble gemma-3-270m -n 60
+
         tokenworks generate - --model ./my-model --temperature 0.8 --seed 7 --json < prompt.txt
     """
     check_trace_out(trace_out)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise InputError("prompt: empty; write something for the model to answer or continue")
+    wanted = Wanted(regex, json_schema, grammar)
+    said = wanted.read() if wanted.names else ""
+    way = _only_one(wanted, route, bytes_, method, draft, verify)
+    _used(way, draft_model=draft_model, particles=particles, router=router, threshold=threshold, ensemble=ensemble)
 
     # PyTorch takes seconds to import, and `--help` and a mistyped option should not wait for it.
-    from transformers import TextStreamer
-
     from tokenworks.core.models import load
     from tokenworks.core.sampling import Sampling
-    from tokenworks.core.session import Session
-    from tokenworks.core.text import encode_prompt, stop_ids
-    from tokenworks.decode import check_names, decoder, open_draft
+    from tokenworks.decode import check_names
 
-    check_names(method, draft, verify)
-    sampling = Sampling(temperature, top_k, top_p)
-    loaded = load(model)
-    ids = encode_prompt(loaded.tokenizer, text, raw)
-    session = Session(loaded.model)
-    drafts = None if draft_model is None else open_draft(session, loaded.tokenizer, draft_model)
-    decode = decoder(session, method, sampling, draft=draft, verify=verify, draft_model=drafts)
-    streamer = TextStreamer(loaded.tokenizer, skip_special_tokens=True)
+    method = method or "token-recycling"
+    if way == "speculative":
+        check_names(method, draft, verify)
+    Sampling(temperature or 0.0, top_k, top_p)  # refused before the model is loaded
 
-    def stream(new: list[int]) -> None:
-        for token in new:
-            streamer.put(_one(token))
+    def stream(piece: str) -> None:
+        if not json_:
+            typer.echo(piece, nl=False)
 
-    stops = stop_ids(loaded.model, loaded.tokenizer)
-    result = decode.generate(ids, max_new_tokens, stops, seed, on_tokens=None if json_ else stream)
+    task = Task(text, raw, load(model), max_new_tokens, temperature, top_k, top_p, seed, stream)
+    written = {
+        "speculative": lambda: ways.speculative(task, method, draft, verify, draft_model),
+        "adadec": lambda: ways.paused(task, threshold),
+        "constraint": lambda: ways.constrained(task, wanted, said, particles),
+        "route": lambda: ways.routed(task, draft_model, router, threshold),
+        "bytes": lambda: ways.by_bytes(task, ensemble or []),
+    }[way]()
     if json_:
-        kept = {
-            "text": loaded.tokenizer.decode(result.token_ids, skip_special_tokens=True),
-            "token_ids": result.token_ids,
-            "seconds": result.seconds,
-            "tokens_per_second": result.tokens_per_second,
-            "target_passes": result.target_passes,
-            "method": method,
-            "draft": decode.drafter.name,
-            "verify": decode.verifier.name,
-            "model": model,
-            "seed": seed,
-            "finish_reason": result.finish_reason,
-        }
-        typer.echo(json.dumps(kept))
+        typer.echo(json.dumps({"text": written.text, **written.facts, "model": model, "seed": seed}))
     else:
-        streamer.end()
-        typer.echo(
-            f"{len(result.token_ids)} tokens in {result.target_passes} passes of the model, "
-            f"{result.tokens_per_second:.1f} tokens/s "
-            f"({decode.drafter.name} + {decode.verifier.name}, {result.finish_reason})",
-            err=True,
-        )
+        typer.echo()
+        typer.echo(written.summary, err=True)
     if trace or trace_out:
-        found = result.trace(loaded.tokenizer)
-        found.meta |= {"title": text.strip()[:90], "method": method, "model": model, "seed": seed}
-        show_trace(found, "source", trace, trace_out, err=json_)
+        found = written.trace()
+        found.meta |= {"title": text.strip()[:90], **written.meta, "model": model, "seed": seed}
+        show_trace(found, written.channel, trace, trace_out, err=json_)
 
 
-def _one(token: int):  # type: ignore[no-untyped-def]  # torch is imported late, see above
-    import torch
+def _only_one(
+    wanted: Wanted, route: bool, bytes_: bool, method: str | None, draft: str | None, verify: str | None
+) -> str:
+    """Which way of writing the options ask for.
 
-    return torch.tensor([token])
+    Raises:
+        InputError: for more than one.
+    """
+    asked = [(name, "constraint", True) for name in wanted.names] + [
+        ("route", "route", route),
+        ("bytes", "bytes", bytes_),
+        ("method", "adadec" if method == "adadec" else "speculative", method is not None),
+        ("draft", "speculative", draft is not None),
+        ("verify", "speculative", verify is not None),
+    ]
+    chosen = {option: way for option, way, given in asked if given}
+    if len(set(chosen.values())) > 1:
+        raise InputError(f"{' and '.join(chosen)}: each is a way of writing of its own; choose one")
+    return next(iter(chosen.values()), "speculative")
+
+
+USED_BY = {
+    "draft_model": ("speculative", "route"),
+    "particles": ("constraint",),
+    "router": ("route",),
+    "threshold": ("route", "adadec"),
+    "ensemble": ("bytes",),
+}
+"""Options that only some ways of writing look at."""
+
+
+def _used(way: str, **options: object) -> None:
+    """Raise `InputError` for an option that would be passed over in silence."""
+    for name, value in options.items():
+        if value is not None and value != [] and way not in USED_BY[name]:
+            option, belongs = name.replace("_", "-"), " or ".join(USED_BY[name])
+            raise InputError(f"{option}: it belongs to {belongs}, and this text is written by {way}; leave it out")

@@ -131,9 +131,10 @@ class Posterior:
         best = self.best
         trace, steps = Trace.from_ids(best.tokens, tokenizer), best.steps
         wanted = [None if s.rejected is None else repr(tokenizer.decode([s.rejected])) for s in steps]
-        bits = [0.0 - s.log_weight / math.log(2) for s in steps]
-        trace.add("forced", bits, "bits by which the constraint pulled: -log2 of the mass the model gave to "
-                  "what is allowed (an estimate)", 0)  # fmt: skip
+        bits = [max(0.0, -s.log_weight / math.log(2)) for s in steps]
+        if any(bits):  # samplers that drop the weight have no estimate
+            trace.add("forced", bits, "bits by which the constraint pulled: -log2 of the mass the model gave to "
+                      "what is allowed (an estimate)", 0)  # fmt: skip
         trace.add("probability", [s.probability for s in steps], "of the token under the model", 0, 1)
         trace.add("checks", [float(s.checks) for s in steps], "tokens that the constraint was asked about", 0)
         trace.add("wanted", wanted, "the likeliest token that was refused here")

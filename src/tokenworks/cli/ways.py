@@ -1,0 +1,242 @@
+"""The ways in which `tokenworks generate` can write a text, each behind the same few facts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenworks.core.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenworks.core.models import LoadedModel
+    from tokenworks.core.sampling import Sampling
+    from tokenworks.core.trace import Trace
+
+CONSTRAINED_TEMPERATURE = 1.0
+"""Under a constraint, by default: conditioning is of a distribution, and a greedy choice may be led into a corner."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be written, and how much of it.
+
+    Attributes:
+        temperature: None if the user named none; each way has its own default.
+        stream: given each piece of text as soon as it is confirmed.
+    """
+
+    prompt: str
+    raw: bool
+    loaded: LoadedModel
+    max_new_tokens: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    seed: int
+    stream: Callable[[str], None]
+
+    def ids(self, loaded: LoadedModel | None = None) -> list[int]:
+        """The prompt in a model's own tokens and chat template, by default the first model's."""
+        from tokenworks.core.text import encode_prompt
+
+        return encode_prompt((loaded or self.loaded).tokenizer, self.prompt, self.raw)
+
+    @property
+    def stops(self) -> list[int]:
+        from tokenworks.core.text import stop_ids
+
+        return stop_ids(self.loaded.model, self.loaded.tokenizer)
+
+    def sampling(self, default: float = 0.0) -> Sampling:
+        from tokenworks.core.sampling import Sampling
+
+        return Sampling(default if self.temperature is None else self.temperature, self.top_k, self.top_p)
+
+    def token_stream(self) -> TokenStream:
+        return TokenStream(self)
+
+
+class TokenStream:
+    """Passes on the text of tokens, whole characters at a time."""
+
+    def __init__(self, task: Task) -> None:
+        from transformers import TextStreamer
+
+        class Into(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                task.stream(text)
+
+        self._streamer = Into(task.loaded.tokenizer, skip_special_tokens=True)  # type: ignore[arg-type]
+
+    def __call__(self, tokens: list[int]) -> None:
+        import torch
+
+        for token in tokens:
+            self._streamer.put(torch.tensor([token]))
+
+    def end(self) -> None:
+        self._streamer.end()
+
+
+@dataclass(frozen=True)
+class Written:
+    """What every way of writing reports.
+
+    Attributes:
+        facts: for --json, beside the text.
+        summary: one line.
+        trace: makes the Trace, of which `channel` is shown in a terminal.
+    """
+
+    text: str
+    facts: dict[str, Any]
+    summary: str
+    trace: Callable[[], Trace]
+    channel: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def speculative(task: Task, method: str, draft: str | None, verify: str | None, draft_model: str | None) -> Written:
+    """By a drafter and a verifier; plain decoding is a special case."""
+    from tokenworks.core.session import Session
+    from tokenworks.decode import decoder, open_draft
+
+    tokenizer, session = task.loaded.tokenizer, Session(task.loaded.model)
+    drafts = None if draft_model is None else open_draft(session, tokenizer, draft_model)
+    decode = decoder(session, method, task.sampling(), draft=draft, verify=verify, draft_model=drafts)
+    stream = task.token_stream()
+    found = decode.generate(task.ids(), task.max_new_tokens, task.stops, task.seed, on_tokens=stream)
+    stream.end()
+    pair = f"{decode.drafter.name} + {decode.verifier.name}"
+    return Written(
+        str(tokenizer.decode(found.token_ids, skip_special_tokens=True)),
+        {
+            "token_ids": found.token_ids,
+            "seconds": found.seconds,
+            "tokens_per_second": found.tokens_per_second,
+            "target_passes": found.target_passes,
+            "method": method,
+            "draft": decode.drafter.name,
+            "verify": decode.verifier.name,
+            "finish_reason": found.finish_reason,
+        },
+        f"{len(found.token_ids)} tokens in {found.target_passes} passes of the model, "
+        f"{found.tokens_per_second:.1f} tokens/s ({pair}, {found.finish_reason})",
+        lambda: found.trace(tokenizer),
+        "source",
+        {"method": method},
+    )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The constraint that the user named; at most one of the three."""
+
+    regex: str | None
+    json_schema: Path | None
+    grammar: Path | None
+
+    def __post_init__(self) -> None:
+        if len(self.names) > 1:
+            raise InputError(f"{self.names[1]}: not together with --{self.names[0]}; name one constraint")
+
+    @property
+    def names(self) -> list[str]:
+        pairs = {"regex": self.regex, "json-schema": self.json_schema, "grammar": self.grammar}
+        return [name for name, value in pairs.items() if value is not None]
+
+    def read(self) -> str:
+        """What it says: the pattern, or the contents of the file.
+
+        Raises:
+            InputError: the file is not there, or not text.
+        """
+        if self.regex is not None:
+            return self.regex
+        path = self.json_schema or self.grammar
+        assert path is not None
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+            raise InputError(f"{self.names[0]}: cannot read the file {path} ({why})") from error
+
+
+def constrained(task: Task, wanted: Wanted, said: str, particles: int | None) -> Written:
+    """Under a constraint: AWRS, with particles when sampling."""
+    from tokenworks.core.session import Session
+    from tokenworks.decode import constraint
+    from tokenworks.decode.smc import SMC
+
+    make = {"regex": constraint.regex, "json-schema": constraint.json_schema, "grammar": constraint.grammar}
+    tokenizer, sampling = task.loaded.tokenizer, task.sampling(CONSTRAINED_TEMPERATURE)
+    allowed = make[wanted.names[0]](said, tokenizer)
+    number = particles if particles is not None else 1 if sampling.greedy else 5
+    smc = SMC(Session(task.loaded.model), particles=number, sampling=sampling)
+    found = smc.generate(task.ids(), allowed, task.max_new_tokens, task.stops, task.seed)
+    best = found.best
+    text = str(tokenizer.decode(best.text, skip_special_tokens=True))
+    task.stream(text)
+    others = {str(tokenizer.decode(tokens)): share for tokens, share in found.probabilities.items()}
+    return Written(
+        text,
+        {
+            "token_ids": list(best.text),
+            "posterior": others,
+            "log_evidence": found.log_evidence,
+            "particles": number,
+            "checks": found.checks,
+            "target_passes": found.passes,
+            "seconds": found.seconds,
+            "constraint_seconds": found.constraint_seconds,
+        },
+        f"{len(best.text)} tokens in {found.passes} passes of the model, {found.checks} checks of the constraint, "
+        f"{found.seconds:.2f} s ({number} particle{'s' * (number != 1)}, {len(others)} different text"
+        f"{'s' * (len(others) != 1)})",
+        lambda: found.trace(tokenizer),
+        "wanted" if sampling.greedy else "forced",
+        {"constraint": wanted.names[0]},
+    )
+
+
+def routed(task: Task, small: str | None, router: Path | None, threshold: float | None) -> Written:
+    """By a small model, and a large one for the tokens that a router hands over (R2R)."""
+    from tokenworks.core.session import Session
+    from tokenworks.decode import open_draft
+    from tokenworks.decode.draft_model import load_draft
+    from tokenworks.decode.r2r import RoutedDecoder
+    from tokenworks.decode.r2r_training import load_router
+
+    tokenizer, large = task.loaded.tokenizer, Session(task.loaded.model)
+    if small is None:
+        drafts = load_draft(large.model, large.vocab_size)
+    else:
+        drafts = open_draft(large, tokenizer, small)
+    decode = RoutedDecoder(drafts, large, load_router(drafts, router), threshold, task.sampling())
+    stream = task.token_stream()
+    found = decode.generate(task.ids(), task.max_new_tokens, task.stops, task.seed, on_tokens=stream)
+    stream.end()
+    return Written(
+        str(tokenizer.decode(found.token_ids, skip_special_tokens=True)),
+        {
+            "token_ids": found.token_ids,
+            "routed": found.routed,
+            "large_share": found.large_share,
+            "activated_parameters": found.activated_parameters,
+            "threshold": decode.threshold,
+            "seconds": found.seconds,
+            "finish_reason": found.finish_reason,
+        },
+        f"{len(found.token_ids)} tokens, {sum(found.routed)} of them by the large model, {found.seconds:.2f} s "
+        f"({found.activated_parameters / 1e6:.0f}M parameters a token, {found.finish_reason})",
+        lambda: found.trace(tokenizer),
+        "writer",
+        {"method": "r2r"},
+    )
+
+
+def by_bytes(task: Task, others: Sequence[str]) -> Written:
+    """Byte by byte, by one model or several with tokenizers of their own."""
+    raise NotImplementedError
