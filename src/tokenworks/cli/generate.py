@@ -52,13 +52,13 @@ def generate(
         Path | None, typer.Option("--router", help="Your own router, from `tokenworks train router`.")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option("--threshold", help="Of --route or adadec, instead of the one that was learned.")
+        float | None, typer.Option("--threshold", help="Of --route or adadec, instead of the learned one.")
     ] = None,
     bytes_: Annotated[
         bool, typer.Option("--bytes", help="Write byte by byte; the prompt may end inside a token.")
     ] = False,
     ensemble: Annotated[
-        list[str] | None, typer.Option("--ensemble", help="With --bytes, another model to average with; repeatable.")
+        list[str] | None, typer.Option("--ensemble", help="With --bytes: a model to average with; repeatable.")
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", help="Stop after this many tokens, or bytes with --bytes.")

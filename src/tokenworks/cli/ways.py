@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tokenworks.core.trace import Trace
 
 CONSTRAINED_TEMPERATURE = 1.0
-"""Under a constraint, by default: conditioning is of a distribution, and a greedy choice may be led into a corner."""
+"""The default under a constraint: a distribution is conditioned, and greedy choices are led into corners."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ class Written:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-def speculative(task: Task, method: str, draft: str | None, verify: str | None, draft_model: str | None) -> Written:
+def speculative(
+    task: Task, method: str, draft: str | None, verify: str | None, draft_model: str | None
+) -> Written:
     """By a drafter and a verifier; plain decoding is a special case."""
     from tokenworks.core.session import Session
     from tokenworks.decode import decoder, open_draft
@@ -177,9 +179,9 @@ def constrained(task: Task, wanted: Wanted, said: str, particles: int | None) ->
     smc = SMC(Session(task.loaded.model), particles=number, sampling=sampling)
     found = smc.generate(task.ids(), allowed, task.max_new_tokens, task.stops, task.seed)
     best = found.best
-    text = str(tokenizer.decode(best.text, skip_special_tokens=True))
+    text = str(tokenizer.decode(list(best.text), skip_special_tokens=True))
     task.stream(text)
-    others = {str(tokenizer.decode(tokens)): share for tokens, share in found.probabilities.items()}
+    others = {str(tokenizer.decode(list(tokens))): share for tokens, share in found.probabilities.items()}
     return Written(
         text,
         {
@@ -205,15 +207,13 @@ def routed(task: Task, small: str | None, router: Path | None, threshold: float 
     """By a small model, and a large one for the tokens that a router hands over (R2R)."""
     from tokenworks.core.session import Session
     from tokenworks.decode import open_draft
-    from tokenworks.decode.draft_model import load_draft
+    from tokenworks.decode.distil import load_draft
     from tokenworks.decode.r2r import RoutedDecoder
     from tokenworks.decode.r2r_training import load_router
 
     tokenizer, large = task.loaded.tokenizer, Session(task.loaded.model)
-    if small is None:
-        drafts = load_draft(large.model, large.vocab_size)
-    else:
-        drafts = open_draft(large, tokenizer, small)
+    own = small is None
+    drafts = load_draft(large.model, large.vocab_size) if own else open_draft(large, tokenizer, str(small))
     decode = RoutedDecoder(drafts, large, load_router(drafts, router), threshold, task.sampling())
     stream = task.token_stream()
     found = decode.generate(task.ids(), task.max_new_tokens, task.stops, task.seed, on_tokens=stream)

@@ -1,0 +1,154 @@
+"""SparsePO: which tokens count, and for what, by sparse masks (arXiv 2410.05102).
+
+TDPO with a weight from 0 upwards on each token, one for the reward and one for the divergence:
+
+    u     = sum m_u log_ratio (chosen) - sum m_u log_ratio (rejected)
+    delta = sum m_d KL (rejected) - sum m_d KL (chosen),   KL(reference || policy) over the vocabulary
+    loss  = -log sigmoid(beta (u - delta)) + lambda_u |m_u| + lambda_d |m_d|
+
+The masks are learned with the policy, from the reference's states (`SparseTokenMask`; its last step is a ReLU, so
+tokens drop out entirely), or given by the data's scores: those of the reference's activations are MaPO
+(`align.mapo.activation_scores`).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from tokenworks.align.contract import (
+    Needs,
+    Outcome,
+    Pairs,
+    check_not_negative,
+    check_positive,
+    halves,
+    required,
+)
+from tokenworks.core.errors import InputError
+
+MASKS = ("common", "independent", "scores")
+
+
+class SparseTokenMask(nn.Module):
+    """m_t = ReLU(sum_l v_l ReLU(w_l . LayerNorm(H_l,t) + b_l)), from the states of L layers.
+
+    Args:
+        layers: L. hidden_size: d.
+        init: "paper" draws weights as Transformers does, N(0, 0.02), so that masks begin near 0.05 and beta must be
+            large (the authors take 0.8); "ones" begins with m = 1 everywhere, that is, with TDPO1.
+        dropout: of both ReLUs' results.
+
+    Raises:
+        InputError: no such beginning, or a dropout out of range.
+    """
+
+    def __init__(self, layers: int, hidden_size: int, init: str = "paper", dropout: float = 0.01) -> None:
+        super().__init__()
+        if init not in ("paper", "ones"):
+            raise InputError(f"init: no {init!r}; there are paper, ones")
+        if not 0 <= dropout < 1:
+            raise InputError(f"dropout: {dropout} is not in [0, 1)")
+        self.norm = nn.LayerNorm(hidden_size)
+        self.weight = nn.Parameter(torch.empty(layers, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(layers))
+        self.mixer = nn.Parameter(torch.empty(layers))
+        self.dropout = nn.Dropout(dropout)
+        if init == "ones":
+            nn.init.zeros_(self.weight)
+            nn.init.ones_(self.bias)
+            nn.init.constant_(self.mixer, 1 / layers)
+        else:
+            nn.init.normal_(self.weight, std=0.02)
+            nn.init.normal_(self.mixer, std=0.02)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Float [...], 0 or more, of states [..., L, d]."""
+        heads = torch.relu((self.norm(states.float()) * self.weight).sum(-1) + self.bias)
+        return cast(Tensor, self.dropout(torch.relu(self.dropout(heads) @ self.mixer)))
+
+
+class SparsePO(nn.Module):
+    """The loss, with its masks.
+
+    Args:
+        mask: "common" learns one mask for both terms, "independent" one for each, "scores" takes both from the data.
+        layers, hidden_size: of the reference, for learned masks.
+        beta: above 0.
+        l1_u, l1_d: lambda_u and lambda_d, from 0 upwards; sums over a pair's tokens are penalised, not means.
+        init, dropout: of learned masks (`SparseTokenMask`).
+
+    Raises:
+        InputError: a number out of range, no such mask, or learned masks without the reference's shape.
+    """
+
+    def __init__(
+        self,
+        mask: str = "independent",
+        layers: int = 0,
+        hidden_size: int = 0,
+        beta: float = 0.1,
+        l1_u: float = 0.0,
+        l1_d: float = 0.0,
+        init: str = "paper",
+        dropout: float = 0.01,
+    ) -> None:
+        super().__init__()
+        check_positive(beta=beta)
+        check_not_negative(l1_u=l1_u, l1_d=l1_d)
+        if mask not in MASKS:
+            raise InputError(f"mask: no {mask!r}; there are {', '.join(MASKS)}")
+        learned = mask != "scores"
+        if learned and (layers < 1 or hidden_size < 1):
+            raise InputError(
+                "layers, hidden_size: a learned mask needs the reference's; take them from its config"
+            )
+        self.mask, self.beta, self.l1_u, self.l1_d = mask, beta, l1_u, l1_d
+        self.needs = Needs(
+            divergence=True,
+            scores="" if learned else "masks, from 0 upwards (such as align.mapo.activation_scores)",
+            states=learned,
+        )
+        self.mask_u = SparseTokenMask(layers, hidden_size, init, dropout) if learned else None
+        self.mask_d = SparseTokenMask(layers, hidden_size, init, dropout) if mask == "independent" else None
+
+    def masks(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """m_u and m_d: float32 [2B, T] each, 0 outside the responses."""
+        if self.mask_u is None:
+            scores = required(pairs.scores, "scores")
+            if bool((scores < 0).any()):
+                raise InputError("scores: a negative mask; masks are 0 or more")
+            found = torch.where(pairs.mask, scores, 0.0)
+            return found, found
+        states = required(pairs.states, "states").detach()
+        m_u = torch.where(pairs.mask, self.mask_u(states), 0.0)
+        return m_u, m_u if self.mask_d is None else torch.where(pairs.mask, self.mask_d(states), 0.0)
+
+    def forward(self, pairs: Pairs) -> Outcome:
+        divergence = required(pairs.divergence, "divergence")
+        m_u, m_d = self.masks(pairs)
+        u_w, u_l = halves((m_u * pairs.log_ratio).sum(1))
+        d_w, d_l = halves((m_d * divergence).sum(1))
+        loss = -logsigmoid(self.beta * ((u_w - u_l) - (d_l - d_w)))
+        for weight, mask in ((self.l1_u, m_u), (self.l1_d, m_d)):
+            if weight:
+                loss = loss + weight * sum(halves(mask.sum(1)))
+        rewards = self.beta * (m_u * pairs.log_ratio + m_d * divergence).detach()
+        inside = pairs.mask
+        return Outcome(
+            loss,
+            rewards.sum(1),
+            {"reward mask": m_u.detach(), "divergence mask": m_d.detach(), "reward": rewards},
+            {
+                "reward mask": "how much the token's log-ratio counts; 0 leaves it out",
+                "divergence mask": "how much the token's divergence counts; 0 lets the policy go",
+                "reward": "beta (m_u log ratio + m_d KL) of the token",
+            },
+            {
+                "sparsity/reward": float((m_u[inside] == 0).float().mean()),
+                "sparsity/divergence": float((m_d[inside] == 0).float().mean()),
+            },
+        )

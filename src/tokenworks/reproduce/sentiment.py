@@ -1,0 +1,295 @@
+"""The preference harness: SmolLM2 continues neutral openings, and the gladder of two texts is the better.
+
+Reward is VADER's compound score in [-1, 1], whose lexicon gives words a value: whether a method found the words
+that matter can be checked. The model is read as a plain language model, and only its last six layers and the final
+norm are trained, on what the layers below made of the data once. A response is one sentence.
+
+    bench = Sentiment()
+    policy = bench.train(DPO(0.1), epochs=1, seed=0)
+    bench.evaluate(policy, seed=0)           # reward, divergences, entropy, ... on held-out openings
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from tokenworks.align.contract import Needs, Pairs, PreferenceMethod
+from tokenworks.align.data import SentimentPair, continue_texts, first_sentence, openings, sentiment_pairs
+from tokenworks.align.dpo import DPO
+from tokenworks.align.reading import (
+    Batch,
+    EncodedPair,
+    collate,
+    encode_pair,
+    join_pairs,
+    let_read,
+    read_policy,
+    read_reference,
+)
+from tokenworks.align.vocabulary import Head
+from tokenworks.core.files import atomic_write, cache_folder
+from tokenworks.core.models import load
+from tokenworks.core.training import fit
+
+MODEL = "smollm2-135m"
+
+TRAINED = 6
+"""Layers that are trained, the last ones."""
+
+PAIRS = 16
+"""In a step."""
+
+LEARNING_RATE = 5e-5
+SAMPLES = 4
+"""Continuations of each held-out opening, of at most `NEW_TOKENS`."""
+
+NEW_TOKENS = 24
+
+Metrics = dict[str, list[float]]
+"""By name one number for each held-out opening."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A pair with what the frozen layers made of it, float32 [S, d] for each response."""
+
+    pair: EncodedPair
+    trunk: tuple[Tensor, Tensor]
+
+
+class Sentiment:
+    """The model in two parts, the data, and the judge.
+
+    Attributes:
+        model, tokenizer: the whole model; its last layers are those of the reference.
+        reference: the last layers as a model of their own, which read what the trunk gives.
+    """
+
+    def __init__(self) -> None:
+        loaded = load(MODEL)
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.reference = self._top(self.model)
+        self._judge = SentimentIntensityAnalyzer()
+
+    def _top(self, model: PreTrainedModel) -> PreTrainedModel:
+        config = copy.deepcopy(model.config)
+        config.num_hidden_layers = TRAINED
+        top: Any = AutoModelForCausalLM.from_config(config)
+        whole: Any = model
+        top.model.layers = copy.deepcopy(whole.model.layers[-TRAINED:])
+        for place, layer in enumerate(top.model.layers):
+            layer.self_attn.layer_idx = place
+        top.model.norm = copy.deepcopy(whole.model.norm)
+        top.model.embed_tokens, top.lm_head = whole.model.embed_tokens, whole.lm_head
+        top.requires_grad_(False).eval()
+        let_read(top)
+        return top  # type: ignore[no-any-return]
+
+    def reward(self, text: str) -> float:
+        """VADER's compound score."""
+        return float(self._judge.polarity_scores(text)["compound"])
+
+    def valence(self, word: str) -> float:
+        """The lexicon's value of a word, about -4 to 4; 0 if it has none."""
+        return float(self._judge.lexicon.get(word.strip().lower(), 0.0))
+
+    # --- training -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def train_pairs(self) -> list[Encoded]:
+        return [self.encode(pair) for pair in sentiment_pairs("train")]
+
+    @cached_property
+    def test_pairs(self) -> list[Encoded]:
+        return [self.encode(pair) for pair in sentiment_pairs("test")]
+
+    def encode(self, pair: SentimentPair) -> Encoded:
+        found = encode_pair(self.tokenizer, pair.prompt, pair.chosen, pair.rejected)
+        return Encoded(found, (self.trunk(found.prompt + found.chosen), self.trunk(found.prompt + found.rejected)))
+
+    @torch.inference_mode()
+    def trunk(self, ids: Sequence[int]) -> Tensor:
+        """What the frozen layers make of a text: float32 [S, d]."""
+        whole: Any = self.model
+        layers = whole.model.layers
+        whole.model.layers = layers[:-TRAINED]
+        norm, whole.model.norm = whole.model.norm, nn.Identity()
+        try:
+            found: Tensor = (
+                whole.model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0].clone()
+            )
+        finally:
+            whole.model.layers, whole.model.norm = layers, norm
+        return found
+
+    def collate(self, chosen: Sequence[Encoded], swapped: bool = False) -> Batch:
+        """A batch for the last layers; `swapped` takes the rejected responses for the chosen ones."""
+        pairs = [EncodedPair(e.pair.prompt, e.pair.rejected, e.pair.chosen) if swapped else e.pair for e in chosen]
+        plain = collate(pairs)
+        sides = (1, 0) if swapped else (0, 1)
+        rows = [e.trunk[side] for side in sides for e in chosen]
+        embeds = torch.zeros(*plain.input_ids.shape, rows[0].shape[1])
+        for place, row in enumerate(rows):
+            embeds[place, : len(row)] = row
+        return Batch(plain.input_ids, plain.attention_mask, plain.mask, plain.scores, embeds)
+
+    def read(self, policy: PreTrainedModel, batch: Batch, needs: Needs) -> Pairs:
+        """Policy and reference over a batch."""
+        found = read_reference(self.reference, batch, needs)
+        return join_pairs(batch, found, read_policy(policy, batch, found[1], needs), needs)
+
+    def train(
+        self,
+        method: PreferenceMethod,
+        epochs: float = 1,
+        seed: int = 0,
+        score: Callable[[Batch], Tensor] | None = None,
+        swapped: bool = False,
+        pairs: Sequence[Encoded] | None = None,
+        start: PreTrainedModel | None = None,
+        watch: Callable[[int, Pairs], None] | None = None,
+    ) -> PreTrainedModel:
+        """The last layers, begun as the reference's and trained with `method`.
+
+        Args:
+            score: gives the scores [2B, S - 1] of a batch to a method that needs them.
+            swapped: prefer the rejected responses.
+            start: begin from these layers instead.
+            watch: called with every step's number and pairs.
+        """
+        data = list(pairs if pairs is not None else self.train_pairs)
+        policy = copy.deepcopy(start or self.reference)
+        policy.lm_head, policy.model.embed_tokens = self.reference.lm_head, self.reference.model.embed_tokens
+        trained = nn.ModuleList([policy.model.layers, policy.model.norm])
+        trained.requires_grad_(True)
+        if isinstance(method, nn.Module):
+            trained.append(method)
+        steps = max(1, round(epochs * len(data) / PAIRS))
+        order = [row for epoch in range(int(epochs) + 1)
+                 for row in random.Random(1000 * seed + epoch).sample(range(len(data)), len(data))]  # fmt: skip
+
+        def loss(step: int) -> Tensor:
+            rows = [data[place] for place in order[step * PAIRS : (step + 1) * PAIRS]]
+            batch = self.collate(rows, swapped)
+            if score is not None:
+                batch = Batch(batch.input_ids, batch.attention_mask, batch.mask, score(batch), batch.embeds)
+            pairs = self.read(policy, batch, method.needs)
+            if watch is not None:
+                watch(step, pairs)
+            return method(pairs).loss.mean()
+
+        fit(trained, loss, steps, LEARNING_RATE, warmup=0.1)
+        return policy.requires_grad_(False)
+
+    def dpo(self, seed: int = 0, beta: float = 0.1, epochs: float = 2, swapped: bool = False) -> PreTrainedModel:
+        """The last layers after DPO, which several papers begin with; kept in the user's cache folder."""
+        facts = [seed, beta, epochs, swapped, PAIRS, LEARNING_RATE, TRAINED, len(self.train_pairs)]
+        facts.append(hashlib.sha256("".join(p.chosen for p in sentiment_pairs()).encode()).hexdigest())
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+        path = cache_folder() / "sentiment" / f"dpo-{key}.safetensors"
+        if not path.exists():
+            policy = self.train(DPO(beta), epochs, seed, swapped=swapped)
+            kept = {n: p.contiguous() for n, p in policy.named_parameters() if ".layers." in n or ".norm." in n}
+            with atomic_write(path, "wb") as out:
+                out.write(save(kept))
+            return policy
+        policy = self._top(self.model)
+        policy.load_state_dict(load_file(path), strict=False)
+        return policy
+
+    # --- measuring ------------------------------------------------------------------------------------------
+
+    def whole(self, policy: PreTrainedModel) -> PreTrainedModel:
+        """The whole model with the last layers of `policy`; what is below is shared, not copied."""
+        own: Any = copy.copy(self.model)
+        own._modules = dict(own._modules)
+        inner: Any = copy.copy(own.model)
+        inner._modules = dict(inner._modules)
+        tops = copy.deepcopy(policy.model.layers)
+        for place, layer in enumerate(tops, start=len(self.model.model.layers) - TRAINED):
+            layer.self_attn.layer_idx = place
+        inner._modules["layers"] = nn.ModuleList([*self.model.model.layers[:-TRAINED], *tops])
+        inner._modules["norm"] = policy.model.norm
+        own._modules["model"] = inner
+        return own  # type: ignore[no-any-return]
+
+    def write(
+        self, policy: PreTrainedModel, seed: int, prompts: Sequence[str] | None = None
+    ) -> list[list[list[int]]]:
+        """For each held-out opening `SAMPLES` continuations by the policy, as ids."""
+        texts = list(prompts if prompts is not None else openings("test"))
+        whole = self.whole(policy)
+        rounds = [continue_texts(whole, self.tokenizer, texts, NEW_TOKENS, 100 * seed + n) for n in range(SAMPLES)]
+        return [list(written) for written in zip(*rounds, strict=True)]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What is judged of a continuation: its first sentence."""
+        return first_sentence(str(self.tokenizer.decode(list(ids), skip_special_tokens=True)))
+
+    def evaluate(self, policy: PreTrainedModel, seed: int = 0) -> Metrics:
+        """On the held-out openings, per opening: "reward" of what the policy writes, "kl" (policy to reference)
+        and "reverse_kl" (reference to policy) summed over its texts, "entropy" a token in nats, "distinct"
+        (different pairs of words by all), and per held-out pair its "accuracy"."""
+        found: Metrics = {n: [] for n in ("reward", "kl", "reverse_kl", "entropy", "distinct", "accuracy")}
+        written = self.write(policy, seed)
+        for prompt, texts in zip(openings("test"), written, strict=True):
+            judged = [self.text(ids) for ids in texts]
+            found["reward"].append(sum(map(self.reward, judged)) / len(judged))
+            words = [text.split() for text in judged]
+            grams = [pair for row in words for pair in pairwise(row)]
+            found["distinct"].append(len(set(grams)) / max(1, len(grams)))
+            numbers = [self._divergences(policy, prompt, ids) for ids in texts]
+            for name, column in zip(("kl", "reverse_kl", "entropy"), zip(*numbers, strict=True), strict=True):
+                found[name].append(sum(column) / len(column))
+        found["accuracy"] = self.accuracy(policy)
+        return found
+
+    @torch.inference_mode()
+    def _divergences(self, policy: PreTrainedModel, prompt: str, ids: Sequence[int]) -> tuple[float, float, float]:
+        begin = list(self.tokenizer(prompt)["input_ids"])
+        embeds = self.trunk([*begin, *ids])[None]
+        log_p, log_ref = (
+            Head.of(top).log_probs(
+                top.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[0, len(begin) - 1 : -1]
+            )
+            for top in (policy, self.reference)
+        )
+        p, ref = log_p.exp(), log_ref.exp()
+        return (
+            float((p * (log_p - log_ref)).sum()),
+            float((ref * (log_ref - log_p)).sum()),
+            float(-(p * log_p).sum(-1).mean()),
+        )
+
+    @torch.inference_mode()
+    def accuracy(self, policy: PreTrainedModel) -> list[float]:
+        """For each held-out pair whether DPO's implicit reward prefers the chosen response."""
+        found: list[float] = []
+        for start in range(0, len(self.test_pairs), PAIRS):
+            pairs = self.read(policy, self.collate(self.test_pairs[start : start + PAIRS]), Needs())
+            chosen, rejected = pairs.log_ratio.sum(1).chunk(2)
+            found += (chosen > rejected).float().tolist()
+        return found
+
+    def token_rewards(self, policy: PreTrainedModel, batch: Batch) -> Tensor:
+        """log(policy / reference) of every response token: float32 [2B, S - 1], without gradient."""
+        with torch.no_grad():
+            return self.read(policy, batch, Needs()).log_ratio
+
+
+def mean_of(metrics: Metrics, name: str) -> float:
+    return sum(metrics[name]) / len(metrics[name])
