@@ -52,7 +52,7 @@ def generate(
         Path | None, typer.Option("--router", help="Your own router, from `tokenworks train router`.")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option("--threshold", help="Of --route or adadec, instead of the learned one.")
+        str | None, typer.Option("--threshold", help="Of --route or adadec: a number, or adadec's file.")
     ] = None,
     bytes_: Annotated[
         bool, typer.Option("--bytes", help="Write byte by byte; the prompt may end inside a token.")

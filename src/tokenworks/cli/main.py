@@ -42,6 +42,7 @@ def _options(
 
 
 def _add_verbs() -> None:
+    from tokenworks.cli.align import align
     from tokenworks.cli.bench import bench
     from tokenworks.cli.diffuse import diffuse
     from tokenworks.cli.generate import generate
@@ -54,7 +55,7 @@ def _add_verbs() -> None:
 
     for verb in (generate, infill, diffuse, papers, models, reproduce, report):
         app.command()(verb)
-    for group in (bench, train):
+    for group in (align, bench, train):
         app.add_typer(group)
 
 

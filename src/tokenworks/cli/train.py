@@ -123,6 +123,42 @@ def masked_diffusion(
     _say(out, found)
 
 
+@train.command("router")
+def router(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; a run cut off goes on there.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="The large model, as in `tokenworks generate`.")] = (
+        "smollm2-135m"
+    ),
+    draft_model: Annotated[
+        str | None, typer.Option("--draft-model", help="The small one; by default SmolLM2's draft model.")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", help="Of 256 tokens, written by the large model.")] = 72,
+    steps: Annotated[int, typer.Option("--steps", help="Training steps of 1,024 places in a text.")] = 200,
+) -> None:
+    """Train a router (R2R): which tokens of a small model should be the large model's?
+
+    About 12 minutes of labelling and one of training for SmolLM2-135M on one CPU core. Then, in Python:
+
+        RoutedDecoder(small, Session(large), load_router(small, OUT))
+    """
+    from tokenworks.core.models import load
+    from tokenworks.core.session import Session
+    from tokenworks.decode import open_draft
+    from tokenworks.decode.distil import load_draft
+    from tokenworks.decode.r2r_training import make_router
+
+    loaded = load(model)
+    session = Session(loaded.model)
+    small = (
+        load_draft(loaded.model, session.vocab_size)
+        if draft_model is None
+        else open_draft(session, loaded.tokenizer, draft_model)
+    )
+    with _progress() as show:
+        found = make_router(loaded.model, small, loaded.tokenizer, out, rows, steps, progress=show)
+    _say(out, found)
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int, str], None]]:
     """A bar on stderr, and what moves it: pieces done, pieces in all, what is being done."""

@@ -203,7 +203,50 @@ def constrained(task: Task, wanted: Wanted, said: str, particles: int | None) ->
     )
 
 
-def routed(task: Task, small: str | None, router: Path | None, threshold: float | None) -> Written:
+def paused(task: Task, threshold: str | None) -> Written:
+    """Greedily, with a look ahead where the model is unsure (AdaDec)."""
+    from tokenworks.core.session import Session
+    from tokenworks.decode.adadec import AdaDec
+    from tokenworks.decode.adadec_threshold import load_threshold
+
+    if task.temperature:
+        raise InputError(f"temperature: {task.temperature}, but adadec is greedy and draws nothing; leave it out")
+    if threshold is None or Path(threshold).suffix == ".json":
+        limit: Any = load_threshold(task.loaded, threshold)
+    else:
+        limit = _number(threshold)
+    tokenizer, stream = task.loaded.tokenizer, task.token_stream()
+    found = AdaDec(Session(task.loaded.model), limit).generate(
+        task.ids(), task.max_new_tokens, task.stops, on_tokens=stream
+    )
+    stream.end()
+    return Written(
+        str(tokenizer.decode(found.token_ids, skip_special_tokens=True)),
+        {
+            "token_ids": found.token_ids,
+            "seconds": found.seconds,
+            "target_passes": found.target_passes,
+            "pause_rate": found.pause_rate,
+            "changed": sum(step.rank > 0 for step in found.steps),
+            "method": "adadec",
+            "finish_reason": found.finish_reason,
+        },
+        f"{len(found.token_ids)} tokens in {found.target_passes} passes of the model, paused at "
+        f"{found.pause_rate:.0%} of them, {found.tokens_per_second:.1f} tokens/s ({found.finish_reason})",
+        lambda: found.trace(tokenizer),
+        "decision",
+        {"method": "adadec"},
+    )
+
+
+def _number(threshold: str) -> float:
+    try:
+        return float(threshold)
+    except ValueError:
+        raise InputError(f"threshold: {threshold!r} is not a number") from None
+
+
+def routed(task: Task, small: str | None, router: Path | None, threshold: str | None) -> Written:
     """By a small model, and a large one for the tokens that a router hands over (R2R)."""
     from tokenworks.core.session import Session
     from tokenworks.decode import open_draft
@@ -214,7 +257,8 @@ def routed(task: Task, small: str | None, router: Path | None, threshold: float 
     tokenizer, large = task.loaded.tokenizer, Session(task.loaded.model)
     own = small is None
     drafts = load_draft(large.model, large.vocab_size) if own else open_draft(large, tokenizer, str(small))
-    decode = RoutedDecoder(drafts, large, load_router(drafts, router), threshold, task.sampling())
+    limit = None if threshold is None else _number(threshold)
+    decode = RoutedDecoder(drafts, large, load_router(drafts, router), limit, task.sampling())
     stream = task.token_stream()
     found = decode.generate(task.ids(), task.max_new_tokens, task.stops, task.seed, on_tokens=stream)
     stream.end()

@@ -1,0 +1,262 @@
+"""`tokenworks align`: train a model on preferences with a token-level method, or see what a method would do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokenworks.cli.traces import check_trace_out, show_trace
+from tokenworks.core.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenworks.align.contract import PreferenceMethod
+    from tokenworks.align.scores import Scorer
+
+align = typer.Typer(
+    name="align",
+    help="Train a model on preferences, token by token, or see what a method would do to a pair.",
+    no_args_is_help=True,
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="The policy: smollm2-135m, a Hub id, a folder, ...")]
+Reference = Annotated[
+    str | None, typer.Option("--ref-model", help="By default the policy as it is before training.")
+]
+Data = Annotated[
+    str, typer.Option("--data", "-d", help="Pairs: .jsonl, .parquet, .csv, a Hub data set, or 'sentiment'.")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write; a run cut off goes on there.")]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="A YAML file of TRL's training arguments (learning_rate, ...).")
+]
+Beta = Annotated[float, typer.Option("--beta", help="How dear it is to leave the reference.")]
+LoraRank = Annotated[int, typer.Option("--lora-rank", help="Train a LoRA adapter of this rank; 0 trains it all.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out pairs that cannot be used.")]
+
+
+@align.command()
+def dpo(
+    data: Data, out: Out, model: Model = "smollm2-135m", ref_model: Reference = None, beta: Beta = 0.1,
+    lora_rank: LoraRank = 0, config: Config = None, skip_bad: SkipBad = False,
+) -> None:  # fmt: skip
+    """DPO, the baseline: TRL's own loss."""
+    from tokenworks.align import DPO
+
+    _train(lambda policy, reference: (DPO(beta), None), data, out, model, ref_model, lora_rank, config, skip_bad)
+
+
+@align.command()
+def tdpo(
+    data: Data, out: Out, model: Model = "smollm2-135m", ref_model: Reference = None, beta: Beta = 0.1,
+    alpha: Annotated[float, typer.Option("--alpha", help="Weight of the divergences in tdpo2; 0 is DPO.")] = 0.5,
+    variant: Annotated[str, typer.Option("--variant", help="tdpo1 or tdpo2.")] = "tdpo2",
+    lora_rank: LoraRank = 0, config: Config = None, skip_bad: SkipBad = False,
+) -> None:  # fmt: skip
+    """TDPO: DPO that also watches how far the whole distribution moves at each token."""
+    from tokenworks.align import TDPO
+
+    method = TDPO(beta, alpha, variant)
+    _train(lambda policy, reference: (method, None), data, out, model, ref_model, lora_rank, config, skip_bad)
+
+
+@align.command()
+def tgdpo(
+    data: Data, out: Out,
+    guide: Annotated[str, typer.Option("--guide", help="A model that is aligned already, by DPO for instance.")],
+    model: Model = "smollm2-135m", ref_model: Reference = None, beta: Beta = 0.1,
+    alpha: Annotated[float, typer.Option("--alpha", help="How far the guide is followed; 0 is DPO.")] = 0.5,
+    lora_rank: LoraRank = 0, config: Config = None, skip_bad: SkipBad = False,
+) -> None:  # fmt: skip
+    """TGDPO: DPO in which an aligned model says which tokens may move."""
+    from tokenworks.align import TGDPO, guide_rewards
+    from tokenworks.core.models import load
+
+    method, aligned = TGDPO(beta, alpha), load(guide).model
+    _train(
+        lambda policy, reference: (method, guide_rewards(aligned, reference, beta)),
+        data, out, model, ref_model, lora_rank, config, skip_bad,
+    )  # fmt: skip
+
+
+@align.command()
+def sparsepo(
+    data: Data, out: Out, model: Model = "smollm2-135m", ref_model: Reference = None, beta: Beta = 0.8,
+    mask: Annotated[str, typer.Option("--mask", help="independent, common or activations.")] = "independent",
+    l1: Annotated[float, typer.Option("--l1", help="Price of a mask; larger leaves out more tokens.")] = 0.0,
+    lora_rank: LoraRank = 0, config: Config = None, skip_bad: SkipBad = False,
+) -> None:  # fmt: skip
+    """SparsePO: masks that say which tokens count, learned or from the reference's activations."""
+    from tokenworks.align import SparsePO
+    from tokenworks.align.mapo import activation_scores
+
+    def make(policy: Any, reference: Any) -> tuple[PreferenceMethod, Scorer | None]:
+        if mask == "activations":
+            return SparsePO("scores", beta=beta, l1_u=l1, l1_d=l1), activation_scores(reference)
+        shape = reference.config.get_text_config()
+        return SparsePO(mask, shape.num_hidden_layers, shape.hidden_size, beta, l1, l1), None
+
+    _train(make, data, out, model, ref_model, lora_rank, config, skip_bad)
+
+
+@align.command()
+def cdpo(
+    data: Data, out: Out,
+    right: Annotated[str, typer.Option("--right", help="The model, tuned on right answers.")],
+    wrong: Annotated[str, typer.Option("--wrong", help="The model, tuned on wrong answers.")],
+    model: Model = "smollm2-135m", ref_model: Reference = None, beta: Beta = 0.1,
+    gamma: Annotated[float, typer.Option("--gamma", help="How strongly the two are contrasted.")] = 1.0,
+    lora_rank: LoraRank = 0, config: Config = None, skip_bad: SkipBad = False,
+) -> None:  # fmt: skip
+    """cDPO: DPO that pushes down the tokens that made an answer wrong."""
+    from tokenworks.align import CDPO, contrastive_scores
+    from tokenworks.core.models import load
+
+    method, scorer = CDPO(beta), contrastive_scores(load(right).model, load(wrong).model, gamma)
+    _train(lambda policy, reference: (method, scorer), data, out, model, ref_model, lora_rank, config, skip_bad)
+
+
+Making = Callable[[Any, Any], "tuple[PreferenceMethod, Scorer | None]"]
+"""From policy and reference a method, and the scorer that it needs."""
+
+
+def _train(
+    make: Making, data: str, out: Path, model: str, ref_model: str | None, lora_rank: int, config: Path | None,
+    skip_bad: bool,
+) -> None:  # fmt: skip
+    """What the methods that TokenPreferenceTrainer runs do alike."""
+    if lora_rank < 0:
+        raise InputError(f"lora-rank: {lora_rank} is not 0 or more")
+    settings = read_config(config)
+
+    from tokenworks.align.trainer import TokenPreferenceConfig, TokenPreferenceTrainer
+    from tokenworks.cli.training import latest_checkpoint, lora, training_arguments
+    from tokenworks.core.models import load
+
+    pairs = read_pairs(data, skip_bad)
+    loaded = load(model)
+    reference = load(ref_model or model).model
+    method, scorer = make(loaded.model, reference)
+    args = training_arguments(TokenPreferenceConfig, out, settings)
+    trainer = TokenPreferenceTrainer(
+        loaded.model, None if lora_rank and ref_model is None else reference, method=method, scorer=scorer,
+        args=args, train_dataset=pairs, processing_class=loaded.tokenizer, peft_config=lora(lora_rank),
+    )  # fmt: skip
+    run_training(trainer, out, latest_checkpoint(out))
+
+
+def run_training(trainer: Any, out: Path, checkpoint: str | None) -> None:
+    """Train with a bar, keep the model in `out`, and print what it came to as JSON."""
+    from tokenworks.cli.training import shown_progress
+
+    with shown_progress(trainer):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(out))
+    last = next((row for row in reversed(trainer.state.log_history) if "loss" in row), {})
+    found = {name: last[name] for name in ("loss", "rewards/margins", "rewards/accuracies") if name in last}
+    typer.echo(json.dumps({"folder": str(out), "steps": trainer.state.global_step, **found}))
+
+
+@align.command()
+def explain(
+    method: Annotated[str, typer.Argument(help="dpo, tdpo, tgdpo, sparsepo or cdpo.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What both responses answer or continue.")],
+    chosen: Annotated[str, typer.Option("--chosen", help="The better response.")],
+    rejected: Annotated[str, typer.Option("--rejected", help="The worse response.")],
+    model: Model = "smollm2-135m",
+    ref_model: Annotated[
+        str, typer.Option("--ref-model", help="The model before it was aligned.")
+    ] = "smollm2-135m",
+    guide: Annotated[str | None, typer.Option("--guide", help="Of tgdpo: a model that is aligned.")] = None,
+    right: Annotated[
+        str | None, typer.Option("--right", help="Of cdpo: the model tuned on right answers.")
+    ] = None,
+    wrong: Annotated[
+        str | None, typer.Option("--wrong", help="Of cdpo: the model tuned on wrong answers.")
+    ] = None,
+    channel: Annotated[str, typer.Option("--channel", help="What to show; --trace-out keeps them all.")] = "push",
+    json_: Annotated[bool, typer.Option("--json", help="Print both Traces as JSON.")] = False,
+    trace_out: Annotated[
+        Path | None,
+        typer.Option("--trace-out", help="Write both Traces to NAME-chosen and NAME-rejected .html or .json."),
+    ] = None,
+) -> None:
+    """Show which tokens of a pair a method would push, how hard, and why.
+
+    Example:
+
+        tokenworks align explain tdpo -p "The film was" --chosen " a joy to watch." --rejected " a waste of time."
+    """
+    check_trace_out(trace_out)
+    if method not in ("dpo", "tdpo", "tgdpo", "sparsepo", "cdpo"):
+        raise InputError(f"method: no {method!r} to explain; there are dpo, tdpo, tgdpo, sparsepo, cdpo")
+
+    from tokenworks.align.explain import explain as look
+    from tokenworks.core.models import load
+
+    loaded = load(model)
+    reference = load(ref_model).model
+    chosen_method, scorer = _explained(method, reference, {"guide": guide, "right": right, "wrong": wrong})
+    traces = look(loaded.model, reference, loaded.tokenizer, prompt, chosen, rejected, chosen_method, scorer)
+    if json_:
+        typer.echo(json.dumps([trace.to_dict() for trace in traces]))
+    for side, trace in zip(("chosen", "rejected"), traces, strict=True):
+        trace.meta |= {"method": method, "model": model}
+        if not json_:
+            typer.echo(f"{side}:")
+        target = None if trace_out is None else trace_out.with_stem(f"{trace_out.stem}-{side}")
+        show_trace(trace, channel, not json_, target, err=False)
+
+
+def _explained(method: str, reference: Any, models: dict[str, str | None]) -> tuple[Any, Scorer | None]:
+    """A method as its paper sets it, with the scorer it needs from the user's models."""
+    from tokenworks.align import CDPO, DPO, TDPO, TGDPO, SparsePO, contrastive_scores, guide_rewards
+    from tokenworks.align.mapo import activation_scores
+    from tokenworks.core.models import load
+
+    def given(name: str) -> Any:
+        path = models[name]
+        if path is None:
+            raise InputError(f"{name}: {method} needs it; name a model")
+        return load(path).model
+
+    if method == "tgdpo":
+        return TGDPO(), guide_rewards(given("guide"), reference)
+    if method == "cdpo":
+        return CDPO(), contrastive_scores(given("right"), given("wrong"))
+    if method == "sparsepo":
+        return SparsePO("scores"), activation_scores(reference)
+    return (DPO() if method == "dpo" else TDPO()), None
+
+
+def read_config(path: Path | None) -> dict[str, Any]:
+    """A YAML file of training arguments.
+
+    Raises:
+        InputError: it is not there, or not a mapping.
+    """
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"config: cannot read {path} ({error})") from error
+    if not isinstance(found, dict):
+        raise InputError(f"config: {path} is no mapping of names to values, such as learning_rate: 1.0e-6")
+    return found
+
+
+def read_pairs(data: str, skip_bad: bool) -> Any:
+    """The user's pairs, or the embedded ones by the name "sentiment"."""
+    from datasets import Dataset
+
+    from tokenworks.align import load_pairs, sentiment_pairs
+
+    if data != "sentiment":
+        return load_pairs(data, skip_bad=skip_bad)
+    return load_pairs(Dataset.from_list([vars(pair) for pair in sentiment_pairs("train")]))
