@@ -15,6 +15,7 @@ from tokenworks.core.errors import InputError
 from tokenworks.core.measure import (
     Interval,
     PairedRuns,
+    auc,
     bootstrap,
     machine_facts,
     mean_interval,
@@ -212,3 +213,16 @@ def test_machine_facts_are_what_a_timing_depends_on_and_name_no_path() -> None:
     assert all(facts.values())
     # A processor's name may hold a slash ("w/ Radeon Graphics").
     assert not any("/" in str(value) for name, value in facts.items() if name != "cpu")
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [([0.9, 0.8, 0.2, 0.1], 1.0), ([0.1, 0.2, 0.8, 0.9], 0.0), ([0.5] * 4, 0.5), ([0.9, 0.3, 0.5, 0.1], 0.75)],
+)
+def test_auc_counts_pairs(scores: list[float], expected: float) -> None:
+    assert auc(scores, [True, True, False, False]) == expected
+
+
+def test_auc_of_one_kind_is_refused() -> None:
+    with pytest.raises(InputError, match="positive: 2 of 2 for 2 scores"):
+        auc([1.0, 2.0], [True, True])

@@ -84,6 +84,39 @@ def test_chains_continue_and_rollback_forgets(tiny_llama: PreTrainedModel) -> No
     )
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_hidden_states_are_what_the_head_read(kind: str) -> None:
+    model = tiny_model(kind)
+    session, other = Session(model), Session(model)
+    session.prefill(PROMPT[:4])
+    assert session.hidden is None
+    session.keep_hidden = True
+    session.prefill(PROMPT[4:])
+    with torch.no_grad():
+        states = model(torch.tensor([PROMPT]), output_hidden_states=True).hidden_states[-1][0]
+    assert session.hidden is not None
+    torch.testing.assert_close(session.hidden, states[-1:], atol=1e-4, rtol=1e-4)
+    kept = session.hidden
+    other.prefill([7, 7])
+    assert session.hidden is kept, "another Session of the same model does not reach it"
+    assert other.hidden is None
+    tree = random_tree(6, 0)
+    session.extend(tree)
+    path = tree.shape.path_to(5)
+    with torch.no_grad():
+        text = torch.tensor([PROMPT + tree.tokens[path].tolist()])
+        states = model(text, output_hidden_states=True).hidden_states[-1][0]
+    assert session.hidden.shape == (6, 32)
+    torch.testing.assert_close(session.hidden[5], states[-1], atol=1e-4, rtol=1e-4)
+    session.rollback(0)
+    read: list[torch.Tensor] = []
+    session.prefill(PROMPT, lambda ids, logits: read.append(session.hidden))  # type: ignore[arg-type]
+    assert [part.shape for part in read] == [(len(PROMPT), 32)]
+    session.keep_hidden = False
+    session.extend([3])
+    assert len(session.hidden) == len(PROMPT), "no longer followed"
+
+
 def test_the_cache_grows_past_its_first_capacity_and_prefill_runs_in_chunks() -> None:
     model = tiny_model("llama", max_position_embeddings=2048)
     ids = (torch.arange(FIRST_CAPACITY + 300) % 97).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -105,13 +106,13 @@ def generate(
         tokenworks generate - --model ./my-model --temperature 0.8 --seed 7 --json < prompt.txt
     """
     check_trace_out(trace_out)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text.strip():
-        raise InputError("prompt: empty; write something for the model to answer or continue")
+    given = sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt)
     wanted = Wanted(regex, json_schema, grammar)
     said = wanted.read() if wanted.names else ""
     way = _only_one(wanted, route, bytes_, method, draft, verify)
     _used(way, draft_model=draft_model, particles=particles, router=router, threshold=threshold, ensemble=ensemble)
+
+    text = _text(given, may_be_cut=way == "bytes")
 
     # PyTorch takes seconds to import, and `--help` and a mistyped option should not wait for it.
     from tokenworks.core.models import load
@@ -127,7 +128,7 @@ def generate(
         if not json_:
             typer.echo(piece, nl=False)
 
-    task = Task(text, raw, load(model), max_new_tokens, temperature, top_k, top_p, seed, stream)
+    task = Task(text, given, raw, load(model), max_new_tokens, temperature, top_k, top_p, seed, stream)
     written = {
         "speculative": lambda: ways.speculative(task, method, draft, verify, draft_model),
         "adadec": lambda: ways.paused(task, threshold),
@@ -144,6 +145,24 @@ def generate(
         found = written.trace()
         found.meta |= {"title": text.strip()[:90], **written.meta, "model": model, "seed": seed}
         show_trace(found, written.channel, trace, trace_out, err=json_)
+
+
+def _text(given: bytes, may_be_cut: bool) -> str:
+    """A prompt as text; one that is continued byte by byte may end inside a character.
+
+    Raises:
+        InputError: it is empty, or not UTF-8.
+    """
+    if not given.strip():
+        raise InputError("prompt: empty; write something for the model to answer or continue")
+    try:
+        return given.decode()
+    except UnicodeDecodeError as error:
+        if may_be_cut and error.reason == "unexpected end of data":
+            return given[: error.start].decode()
+        raise InputError(
+            f"prompt: not UTF-8 (byte {given[error.start]:#04x} at {error.start}); convert it to UTF-8 first"
+        ) from error
 
 
 def _only_one(

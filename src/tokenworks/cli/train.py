@@ -137,9 +137,9 @@ def router(
 ) -> None:
     """Train a router (R2R): which tokens of a small model should be the large model's?
 
-    About 12 minutes of labelling and one of training for SmolLM2-135M on one CPU core. Then, in Python:
+    About 12 minutes of labelling and one of training for SmolLM2-135M on one CPU core. Then:
 
-        RoutedDecoder(small, Session(large), load_router(small, OUT))
+        tokenworks generate "Why is the sky blue?" --route --router OUT
     """
     from tokenworks.core.models import load
     from tokenworks.core.session import Session
@@ -157,6 +157,38 @@ def router(
     with _progress() as show:
         found = make_router(loaded.model, small, loaded.tokenizer, out, rows, steps, progress=show)
     _say(out, found)
+
+
+@train.command("threshold")
+def threshold(
+    data: Annotated[
+        str, typer.Argument(help="Prompts and references: .jsonl, .csv, .parquet, with these two columns.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .json file to write.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="As in `tokenworks generate`.")] = "smollm2-135m",
+) -> None:
+    """Learn the entropy threshold of AdaDec: where should this model stop to think?
+
+    It reads the references, a few thousand tokens in a minute. Then:
+
+        tokenworks generate "def fib(n):" --raw --method adadec --threshold OUT
+    """
+    from tokenworks.core.data import load_records
+    from tokenworks.core.errors import InputError
+    from tokenworks.core.models import load
+    from tokenworks.decode.adadec_threshold import learn_threshold
+
+    if out.suffix != ".json":
+        raise InputError(f"out: {out} must end in .json")
+    rows = load_records(data)
+    try:
+        pairs = [(row["prompt"], row["reference"]) for row in rows]
+    except KeyError as error:
+        raise InputError(f"data: a record has no {error}; each needs a prompt and a reference") from error
+    made_by = f"tokenworks train threshold {data} --model {model}"
+    found = learn_threshold(load(model), pairs, made_by=made_by)
+    found.save(out)
+    typer.echo(json.dumps({"file": str(out), "tau": found.tau, "auc": found.auc, "pause_rate": found.pause_rate}))
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +25,13 @@ class Task:
     """What is to be written, and how much of it.
 
     Attributes:
+        given: the prompt's bytes, which with --bytes may end inside a character.
         temperature: None if the user named none; each way has its own default.
         stream: given each piece of text as soon as it is confirmed.
     """
 
     prompt: str
+    given: bytes
     raw: bool
     loaded: LoadedModel
     max_new_tokens: int
@@ -282,5 +286,39 @@ def routed(task: Task, small: str | None, router: Path | None, threshold: str | 
 
 
 def by_bytes(task: Task, others: Sequence[str]) -> Written:
-    """Byte by byte, by one model or several with tokenizers of their own."""
-    raise NotImplementedError
+    """Byte by byte, by one model or by several with tokenizers of their own."""
+    from tokenworks.core.models import load
+    from tokenworks.core.session import Session
+    from tokenworks.core.text import stop_ids
+    from tokenworks.decode.byte_level import ByteEnsemble, ByteLM, chat_prefixes, write
+
+    models = [task.loaded, *(load(name) for name in others)]
+    readers = [ByteLM(Session(m.model), m.tokenizer, stop_ids(m.model, m.tokenizer)) for m in models]
+    reader = readers[0] if len(readers) == 1 else ByteEnsemble(readers)
+    chat = not task.raw and any(model.instruction_tuned for model in models)
+    prefixes = chat_prefixes([model.tokenizer for model in models], task.prompt) if chat else None
+    reader.start("" if chat else task.given, prefixes)
+    decoder = getincrementaldecoder("utf-8")(errors="replace")
+    found = write(
+        reader,
+        task.max_new_tokens,
+        task.sampling(),
+        task.seed,
+        on_bytes=lambda piece: task.stream(decoder.decode(piece)),
+    )
+    names = [model.name for model in models]
+    return Written(
+        found.text,
+        {
+            "log_probs": found.log_probs,
+            "bits_per_byte": -sum(found.log_probs) / math.log(2) / max(1, len(found.data)),
+            "models": names,
+            "seconds": found.seconds,
+            "finish_reason": found.finish_reason,
+        },
+        f"{len(found.data)} bytes in {sum(r.passes for r in readers)} passes, {found.seconds:.2f} s "
+        f"({' and '.join(names)}, {found.finish_reason})",
+        lambda: found.trace(names),
+        "surest" if len(names) > 1 else "entropy",
+        {"method": "byte-level"},
+    )

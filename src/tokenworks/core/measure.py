@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
 
 from tokenworks.core.errors import InputError
 from tokenworks.core.fit import FitTest, goodness_of_fit
@@ -27,6 +28,7 @@ __all__ = [
     "FitTest",
     "Interval",
     "PairedRuns",
+    "auc",
     "bootstrap",
     "goodness_of_fit",
     "machine_facts",
@@ -253,6 +255,23 @@ def _turn(names: list[str], turn: int) -> list[str]:
     cycle, shift = divmod(turn, len(names))
     order = names[shift:] + names[:shift]
     return order[::-1] if cycle % 2 else order
+
+
+def auc(scores: ArrayLike, positive: ArrayLike) -> float:
+    """The chance that a positive scores above a negative, ties counting half (the area under the ROC curve).
+
+    Args:
+        scores: [n] numbers; positive: [n] truth values.
+
+    Raises:
+        InputError: unequal lengths, or one of the two kinds is missing.
+    """
+    numbers, chosen = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
+    count = int(chosen.sum())
+    if numbers.shape != chosen.shape or not 0 < count < len(numbers):
+        raise InputError(f"positive: {count} of {chosen.size} for {numbers.size} scores; both kinds are needed")
+    ranks = rankdata(numbers)
+    return float((ranks[chosen].sum() - count * (count + 1) / 2) / (count * (len(numbers) - count)))
 
 
 def machine_facts() -> dict[str, str | int]:

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from scipy.stats import rankdata
 from torch import Tensor
 
 from tokenworks.core.errors import InputError
 from tokenworks.core.files import atomic_write
+from tokenworks.core.measure import auc
 from tokenworks.core.models import LoadedModel
 from tokenworks.core.session import Engine, Session
 
@@ -237,12 +237,6 @@ def fit_threshold(entropies: Sequence[float], ranks: Sequence[int], seed: int = 
         pause_rate=float(pausing.mean()),
         rescuable=float((rank[wrong] <= 3).mean()) if wrong.any() else 0.0,
     )
-
-
-def auc(scores: Floats, positive: NDArray[np.bool_]) -> float:
-    """The chance that a positive scores above a negative, ties counting half."""
-    ranks, count = rankdata(scores), int(positive.sum())
-    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(scores) - count)))
 
 
 def _regress(h: Floats, right: NDArray[np.bool_]) -> tuple[float, float]:

@@ -7,7 +7,7 @@ What may stand there depends on what comes next, so a sequence is tried with a f
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import re
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokenworks.core.byte_vocab import ByteVocab
 from tokenworks.core.errors import InputError
+from tokenworks.decode.spelling import missing
 
 FUTURES = ("", "a", " ", "1", ".", "\n")
 """What may come next, one of each kind that the patterns of pre-tokenizers tell apart."""
@@ -25,8 +26,26 @@ FUTURES = ("", "a", " ", "1", ".", "\n")
 NEIGHBOURHOOD = 4
 """Tokens before a place that decide what may follow. Merges and patterns do not reach further back."""
 
-CONTINUATIONS = (0x80, 0x83, 0x8C, 0x91, 0x99, 0xA3, 0xA9, 0xB4, 0xBF)
-"""Some bytes that an unfinished character may go on with."""
+ANCHOR = re.compile(rb"[A-Za-z0-9](?= [A-Za-z])")
+"""Before the blank of a new word every encoding has a boundary, unless some token reaches across."""
+
+WORD_END, WORD = re.compile(rb"[A-Za-z0-9]\Z"), re.compile(rb" [A-Za-z]")
+ACROSS = re.compile(rb"[A-Za-z0-9] ")
+
+UNKNOWN = -1
+REMEMBERED = 512
+"""Ends of sequences of which it is remembered what may follow; a byte a token each."""
+
+MEMO = 64
+"""Frozen beginnings remembered; more than the longest token has words."""
+
+CONTINUATIONS: dict[int, Sequence[int]] = {
+    0: (),
+    1: range(0x80, 0xC0),
+    2: (0x80, 0x83, 0x8C, 0x91, 0x99, 0xA3, 0xA9, 0xB4, 0xBF),
+    3: (0x80, 0x99, 0xBF),
+}
+"""By the bytes that an unfinished character still needs, what each may be: all, or some."""
 
 
 class Encodings:
@@ -47,27 +66,33 @@ class Encodings:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._verdicts: dict[tuple[int, ...], NDArray[np.int8]] = {}
+        """For the ends of sequences, what is known of each token: whether it may follow."""
+        self._memo: dict[int, tuple[bytes, tuple[int, ...]]] = {}
+        """Frozen beginnings by their length: their bytes and tokens."""
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def lefts(self, data: bytes) -> list[tuple[int, ...]]:
-        """Every sequence that spells `data` exactly and that an encoding begins with.
+        """Every sequence that spells `data` exactly and that an encoding begins with; `data` alone encoded first.
 
         Raises:
             InputError: the tokenizer cannot spell the text.
         """
+        before, rest = self._frozen(data)
         found: dict[tuple[int, ...], None] = {}
-        for text in self._with_futures(data):
+        for text in _with_futures(rest):
             left, spelled = [], 0
             for token in self.encode(text):
-                if spelled >= len(data):
+                if spelled >= len(rest):
                     break
                 left.append(token)
                 spelled += len(self.vocabulary.pieces[token] or b"")
-            if self.vocabulary.join(left) == data:
-                found[tuple(left)] = None
-            elif spelled <= len(data) or not self.vocabulary.join(left).startswith(data):
+            joined = self.vocabulary.join(left)
+            if joined == rest:
+                found[before + tuple(left)] = None
+            elif spelled <= len(rest) or not joined.startswith(rest):
                 raise InputError(
                     f"text: the tokenizer does not spell {text[-40:]!r} byte by byte (it changes some character)"
                 )
@@ -75,105 +100,138 @@ class Encodings:
 
     def whole(self, data: bytes, left: Sequence[int]) -> bool:
         """Whether `left` is the encoding of `data`, so that the text may end there."""
+        before, rest = self._frozen(data)
         try:
-            return self.encode(data.decode()) == list(left)
+            return before + tuple(self.encode(rest.decode())) == tuple(left)
         except UnicodeDecodeError:
             return False
 
+    def _frozen(self, data: bytes) -> tuple[tuple[int, ...], bytes]:
+        """Tokens up to the last place where every encoding has a boundary, and the bytes after it.
+
+        Texts come one byte longer each, so what was frozen before is mostly gone on with.
+        """
+        cut = self._last_anchor(data)
+        if cut == 0:
+            return (), data
+        known = max((c for c in self._memo if c <= cut and data.startswith(self._memo[c][0])), default=0)
+        ids = self._memo[known][1] if known else ()
+        if known < cut:
+            ids += tuple(self.encode(data[known:cut].decode()))
+            self._memo = {c: self._memo[c] for c in sorted(self._memo)[-MEMO:] if c <= known}
+            self._memo[cut] = data[:cut], ids
+        return ids, data[cut:]
+
+    def _last_anchor(self, data: bytes) -> int:
+        if self._reach_across:
+            return 0
+        # Most texts have one in their last bytes.
+        for width in (128, len(data)):
+            begin = max(0, len(data) - width)
+            found = [match.end() for match in ANCHOR.finditer(data, begin)]
+            if found:
+                return found[-1]
+        return 0
+
+    @cached_property
+    def _reach_across(self) -> bool:
+        """Whether some token holds the end of one word and the blank after it."""
+        return any(piece is not None and ACROSS.search(piece) for piece in self.vocabulary.pieces)
+
     def may_follow(self, left: Sequence[int], candidates: Sequence[int]) -> NDArray[np.bool_]:
         """For each candidate, whether an encoding begins with `left` and then it: bool [n]."""
-        near = self._near(left)
+        asked = np.asarray(candidates, dtype=np.int64)
+        allowed = np.zeros(len(asked), dtype=bool)
+        # Before a new word there is a boundary, so there the word alone decides.
+        anchored = bool(left) and WORD_END.search(self.vocabulary.pieces[left[-1]] or b"") is not None
+        alone = self._new_words[asked] & (anchored and not self._reach_across)
+        for near, part in ((), alone), (tuple(self._near(left)), ~alone):
+            allowed[part] = self._known_or_tried(near, asked[part])
+        return allowed
+
+    def _known_or_tried(self, near: tuple[int, ...], asked: NDArray[np.int64]) -> NDArray[np.bool_]:
+        verdicts = self._verdicts.pop(near, None)
+        if verdicts is None:
+            verdicts = np.full(len(self.vocabulary), UNKNOWN, dtype=np.int8)
+            if len(self._verdicts) >= REMEMBERED:
+                del self._verdicts[next(iter(self._verdicts))]
+        self._verdicts[near] = verdicts
+        new = asked[verdicts[asked] == UNKNOWN]
+        if len(new):
+            verdicts[new] = self._tried(list(near), new.tolist())
+        return verdicts[asked] == 1
+
+    @cached_property
+    def _new_words(self) -> NDArray[np.bool_]:
+        """Which tokens are a blank and the beginning of a word, bool [V]."""
+        return np.array([piece is not None and WORD.match(piece) is not None for piece in self.vocabulary.pieces])
+
+    def _tried(self, near: list[int], candidates: list[int]) -> NDArray[np.bool_]:
+        """As `may_follow`, by encoding texts that begin with `near` and each candidate."""
         before = self.vocabulary.join(near)
         allowed = np.zeros(len(candidates), dtype=bool)
-        texts: list[str] = []
-        owners: list[int] = []
-        for index, token in enumerate(candidates):
-            piece = self.vocabulary.pieces[token]
-            if piece is None:
-                continue
-            text = before + piece
-            if text[-1:].isspace() or text[-1] >= 0x80:
-                some = self._with_futures(text)
-            else:
-                some = [text.decode(errors="replace")]
-            texts += some
-            owners += [index] * len(some)
-        length = len(near)
-        for index, encoding in zip(
-            owners, self._tokenizer.encode_batch(texts, add_special_tokens=False), strict=True
-        ):
-            if not allowed[index]:
+        futures = {
+            index: _with_futures(before + piece)
+            for index, token in enumerate(candidates)
+            if (piece := self.vocabulary.pieces[token]) is not None
+        }
+        # Most that may follow may do so before anything: the other futures are for the rest.
+        for part in (slice(0, 1), slice(1, None)):
+            tried = [
+                (index, text) for index, texts in futures.items() if not allowed[index] for text in texts[part]
+            ]
+            encoded = self._tokenizer.encode_batch_fast([text for _, text in tried], add_special_tokens=False)
+            for (index, _), encoding in zip(tried, encoded, strict=True):
                 ids = encoding.ids
-                allowed[index] = ids[length : length + 1] == [candidates[index]] and ids[:length] == near
+                if ids[len(near) : len(near) + 1] == [candidates[index]] and ids[: len(near)] == near:
+                    allowed[index] = True
         return allowed
 
     def _near(self, left: Sequence[int]) -> list[int]:
-        """The last tokens of `left`, if they stand by themselves as they do in it; else all of it."""
-        near = list(left[-NEIGHBOURHOOD:])
-        for text in self._with_futures(self.vocabulary.join(near)):
+        """The last tokens of `left`, if they stand by themselves as they do in it; else all of it.
+
+        One is enough behind a letter: pairs decide what BPE merges, and patterns do not look back over it.
+        """
+        if left and _ends_with_letter(self.vocabulary.pieces[left[-1]] or b""):
+            return [left[-1]]
+        begin = max(0, len(left) - NEIGHBOURHOOD)
+        while begin > 0 and _inside_character(self.vocabulary.pieces[left[begin]] or b""):
+            begin -= 1
+        near = list(left[begin:])
+        for text in _with_futures(self.vocabulary.join(near)):
             if self.encode(text)[: len(near)] == near:
                 return near
         return list(left)
 
-    @staticmethod
-    def _with_futures(data: bytes) -> list[str]:
-        """Texts that begin with `data`: with the futures if it is whole characters, else with some completions."""
+
+def _ends_with_letter(piece: bytes) -> bool:
+    try:
+        return piece.decode()[-1:].isalpha()
+    except UnicodeDecodeError:
+        return False
+
+
+def _with_futures(data: bytes) -> list[str]:
+    """Texts that begin with `data`: if it is whole characters, itself and what may matter behind it; else some
+    of the characters that it may become."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        absent = missing(data[error.start :])
+    else:
+        # Behind a letter or a digit nothing is decided by what follows.
+        return [text] if text[-1:].isalnum() else [text + future for future in FUTURES]
+    tails = [b""]
+    for _ in range(absent):
+        tails = [tail + bytes([c]) for tail in tails for c in CONTINUATIONS[absent]]
+    found = []
+    for tail in tails:
         try:
-            text = data.decode()
-            return [text + future for future in FUTURES]
-        except UnicodeDecodeError as error:
-            missing = _missing(data[error.start :])
-        tails = [b""]
-        for _ in range(missing):
-            tails = [tail + bytes([c]) for tail in tails for c in CONTINUATIONS]
-        found = []
-        for tail in tails:
-            try:
-                found.append((data + tail).decode())
-            except UnicodeDecodeError:
-                continue
-        return found
+            found.append((data + tail).decode())
+        except UnicodeDecodeError:
+            continue
+    return found
 
 
-def _missing(rest: bytes) -> int:
-    """Bytes that the unfinished character `rest` still needs; 0 if it can be none."""
-    first = rest[0]
-    need = 2 if 0xC2 <= first < 0xE0 else 3 if 0xE0 <= first < 0xF0 else 4 if 0xF0 <= first < 0xF5 else 0
-    return max(0, need - len(rest))
-
-
-class Spelling:
-    """The vocabulary in the order of its bytes, so that tokens with a common beginning are neighbours."""
-
-    def __init__(self, vocabulary: ByteVocab) -> None:
-        text = vocabulary.text_ids.tolist()
-        self.order: NDArray[np.int64] = np.array(sorted(text, key=lambda t: vocabulary.pieces[t] or b""))
-        """int64 [n]: ids in order."""
-        self._pieces = [vocabulary.pieces[token] or b"" for token in self.order]
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    @cached_property
-    def longest(self) -> int:
-        """Bytes of the longest token."""
-        return max(map(len, self._pieces))
-
-    @cached_property
-    def _letters(self) -> NDArray[np.int16]:
-        """int16 [longest, n]: the bytes at each depth, -1 behind the end."""
-        letters = np.full((self.longest, len(self)), -1, dtype=np.int16)
-        for index, piece in enumerate(self._pieces):
-            letters[: len(piece), index] = np.frombuffer(piece, dtype=np.uint8)
-        return letters
-
-    def beyond(self, beginning: bytes) -> tuple[int, int]:
-        """The tokens that begin so and go on: places [low, high)."""
-        low = bisect_left(self._pieces, beginning + b"\0")
-        return low, bisect_left(self._pieces, beginning + b"\xff" * self.longest, lo=low) if low < len(
-            self
-        ) else low
-
-    def split(self, low: int, high: int, depth: int) -> NDArray[np.int64]:
-        """Where, within [low, high), each next byte begins: int64 [257]."""
-        return low + np.searchsorted(self._letters[depth, low:high], np.arange(257))
+def _inside_character(piece: bytes) -> bool:
+    return 0x80 <= piece[0] < 0xC0 if piece else False

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from tokenworks.core.measure import Interval, bootstrap, mean_interval, ratio_of_sums
+from tokenworks.core.measure import Interval, auc, bootstrap, mean_interval, ratio_of_sums
 from tokenworks.core.models import LoadedModel, load
 from tokenworks.core.session import Session
 from tokenworks.core.text import stop_ids
 from tokenworks.decode.adadec import AdaDec, function_body, left_function, random_pauses, stop_on_text
-from tokenworks.decode.adadec_threshold import EntropyThreshold, auc, learn_threshold, teacher_forced
+from tokenworks.decode.adadec_threshold import EntropyThreshold, learn_threshold, teacher_forced
 from tokenworks.decode.beam import BeamSearch
 from tokenworks.reproduce import Run
 from tokenworks.reproduce.code_tasks import LibraryLine, Task, library_functions, library_lines, tasks
