@@ -72,7 +72,7 @@ class TokenStream:
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
                 task.stream(text)
 
-        self._streamer = Into(task.loaded.tokenizer, skip_special_tokens=True)  # type: ignore[arg-type]
+        self._streamer = Into(task.loaded.tokenizer, skip_special_tokens=True)
 
     def __call__(self, tokens: list[int]) -> None:
         import torch
