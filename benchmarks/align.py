@@ -96,9 +96,8 @@ def main() -> None:
     )
     for name, runs in found.items():
         seconds, peak = (np.median([np.median(run[key]) for run in runs]) for key in ("seconds", "peak"))
-        print(
-            f"| {name} | {seconds:.2f} | {seconds / base['seconds']:.2f} | {peak:.0f} | {peak / base['peak']:.2f} |"
-        )
+        ratios = seconds / base["seconds"], peak / base["peak"]
+        print(f"| {name} | {seconds:.2f} | {ratios[0]:.2f} | {peak:.0f} | {ratios[1]:.2f} |")
 
 
 if __name__ == "__main__":

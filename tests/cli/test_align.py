@@ -57,6 +57,39 @@ def test_methods_that_need_more(method: str, more: tuple[str, ...], folder: Path
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_distilling_off_policy(folder: Path, tmp_path: Path) -> None:
+    model = str(folder / "model")
+    done = train(folder, "aligndistil", tmp_path / "out", "--dpo", model, "--reverse", model, "--off-policy")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["steps"] == 2
+
+
+def test_ppo_with_a_reward_from_a_file(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text(
+        "def short(prompts, completions, **_):\n    return [-len(c) for c in completions]\n"
+    )
+    (tmp_path / "c.yaml").write_text("max_steps: 1\nper_device_train_batch_size: 2\nmax_completion_length: 4\n")
+    for more in ((), ("--dpo", str(folder / "model"))):
+        done = call(
+            "align", "rto", "--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"),
+            "--out", str(tmp_path / f"out{len(more)}"), "--config", str(tmp_path / "c.yaml"),
+            "--reward", f"{tmp_path / 'judge.py'}:short", *more,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert json.loads(done.stdout)["reward"] < 0
+
+
+def test_a_reward_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text("x = 1\n")
+    for named, words in (
+        ("none.py:f", "neither sentiment nor"),
+        (f"{tmp_path / 'judge.py'}:f", "no function 'f'"),
+    ):
+        done = call("align", "rto", "-d", "sentiment", "-o", str(tmp_path / "o"), "--reward", named)
+        assert done.returncode == 2
+        assert words in done.stderr
+
+
 def test_explaining_shows_and_keeps_both_sides(folder: Path, tmp_path: Path) -> None:
     model = str(folder / "model")
     done = call(

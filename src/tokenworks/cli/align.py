@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -119,6 +120,64 @@ def cdpo(
     _train(lambda policy, reference: (method, scorer), data, out, model, ref_model, lora_rank, config, skip_bad)
 
 
+@align.command()
+def aligndistil(
+    data: Data, out: Out,
+    dpo_model: Annotated[str, typer.Option("--dpo", help="The model after DPO on the pairs.")],
+    reverse: Annotated[str, typer.Option("--reverse", help="The model after DPO with the preferences reversed.")],
+    model: Model = "smollm2-135m",
+    strength: Annotated[float, typer.Option("--strength", help="How far the teacher goes beyond --dpo.")] = 15.0,
+    on_policy: Annotated[
+        bool, typer.Option("--on-policy/--off-policy", help="Learn from its own texts, or the chosen ones.")
+    ] = True,
+    lora_rank: LoraRank = 0, config: Config = None, skip_bad: SkipBad = False,
+) -> None:  # fmt: skip
+    """AlignDistil: distillation from a teacher that goes beyond a DPO model where it differs from its reverse."""
+    settings = read_config(config)
+
+    from tokenworks.align.aligndistil_trainer import AlignDistilConfig, AlignDistilTrainer
+    from tokenworks.cli.training import latest_checkpoint, lora, training_arguments
+    from tokenworks.core.models import load
+
+    pairs, loaded = read_pairs(data, skip_bad), load(model)
+    settings |= {"strength": strength, "on_policy": on_policy}
+    trainer = AlignDistilTrainer(
+        loaded.model, load(dpo_model).model, reverse_model=load(reverse).model,
+        args=training_arguments(AlignDistilConfig, out, settings), train_dataset=pairs,
+        processing_class=loaded.tokenizer, peft_config=lora(lora_rank),
+    )  # fmt: skip
+    run_training(trainer, out, latest_checkpoint(out))
+
+
+@align.command()
+def rto(
+    data: Data, out: Out,
+    reward: Annotated[str, typer.Option("--reward", help="FILE.py:function, or sentiment.")],
+    dpo_model: Annotated[
+        str | None, typer.Option("--dpo", help="The model after DPO, which rewards single tokens; none is PPO.")
+    ] = None,
+    model: Model = "smollm2-135m",
+    beta1: Annotated[float, typer.Option("--beta1", help="Weight of the token rewards.")] = 0.05,
+    lora_rank: LoraRank = 0, config: Config = None, skip_bad: SkipBad = False,
+) -> None:  # fmt: skip
+    """RTO: PPO in which a DPO model says which tokens earned the reward."""
+    settings = read_config(config)
+    judge = read_reward(reward)
+
+    from tokenworks.align.rto_trainer import RTOConfig, RTOTrainer
+    from tokenworks.cli.training import latest_checkpoint, lora, training_arguments
+    from tokenworks.core.models import load
+
+    prompts, loaded = read_pairs(data, skip_bad).select_columns("prompt"), load(model)
+    settings |= {"beta1": beta1 if dpo_model is not None else 0.0}
+    trainer = RTOTrainer(
+        loaded.model, judge, dpo_model=None if dpo_model is None else load(dpo_model).model,
+        args=training_arguments(RTOConfig, out, settings), train_dataset=prompts,
+        processing_class=loaded.tokenizer, peft_config=lora(lora_rank),
+    )  # fmt: skip
+    run_training(trainer, out, latest_checkpoint(out))
+
+
 Making = Callable[[Any, Any], "tuple[PreferenceMethod, Scorer | None]"]
 """From policy and reference a method, and the scorer that it needs."""
 
@@ -156,7 +215,8 @@ def run_training(trainer: Any, out: Path, checkpoint: str | None) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(out))
     last = next((row for row in reversed(trainer.state.log_history) if "loss" in row), {})
-    found = {name: last[name] for name in ("loss", "rewards/margins", "rewards/accuracies") if name in last}
+    names = ("loss", "rewards/margins", "rewards/accuracies", "reward")
+    found = {name: last[name] for name in names if name in last}
     typer.echo(json.dumps({"folder": str(out), "steps": trainer.state.global_step, **found}))
 
 
@@ -249,6 +309,37 @@ def read_config(path: Path | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"config: {path} is no mapping of names to values, such as learning_rate: 1.0e-6")
     return found
+
+
+def read_reward(named: str) -> Callable[..., list[float]]:
+    """A reward function as TRL calls them: of `prompts` and `completions`, one number for each.
+
+    Args:
+        named: "FILE.py:function", or "sentiment" for VADER's compound score.
+
+    Raises:
+        InputError: no such file or function.
+    """
+    if named == "sentiment":
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        judge = SentimentIntensityAnalyzer()
+        return lambda completions, **_: [judge.polarity_scores(_plain(text))["compound"] for text in completions]
+    path, _, name = named.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise InputError(f"reward: {named!r} is neither sentiment nor FILE.py:function with a file that is there")
+    try:
+        found = runpy.run_path(path)
+    except Exception as error:
+        raise InputError(f"reward: {path} raised {error!r}") from error
+    if not callable(found.get(name)):
+        raise InputError(f"reward: {path} defines no function {name!r}")
+    return found[name]  # type: ignore[no-any-return]
+
+
+def _plain(completion: Any) -> str:
+    """A completion is a text, or a list of messages for conversational data."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def read_pairs(data: str, skip_bad: bool) -> Any:
