@@ -95,7 +95,14 @@ def test_our_dpo_is_trls(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> 
     assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
     for one, other in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):  # type: ignore[union-attr]
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
-    names = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "entropy", "num_tokens"}
+    names = {
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "entropy",
+        "num_tokens",
+    }
     assert names <= set(ours.state.log_history[0]) & set(theirs.state.log_history[0])
     for name in names:
         assert ours.state.log_history[0][name] == pytest.approx(theirs.state.log_history[0][name], abs=1e-4)
@@ -129,9 +136,7 @@ def test_accumulation_is_a_larger_batch(tokenizer: PreTrainedTokenizerBase, tmp_
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["tdpo", "sparsepo"])
-def test_a_run_that_was_cut_off_goes_on(
-    learned: bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+def test_a_run_that_was_cut_off_goes_on(learned: bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     def method() -> PreferenceMethod:
         torch.manual_seed(0)
         return SparsePO("independent", 3, 32, beta=0.5, init="ones", dropout=0.0) if learned else TDPO(0.1)
@@ -188,8 +193,8 @@ def test_scores_reach_the_method(tokenizer: PreTrainedTokenizerBase, tmp_path: P
 def test_evaluation(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     policy, reference = models()
     found = TokenPreferenceTrainer(
-        policy, reference, method=TDPO(0.1), train_dataset=data(), eval_dataset=data(2), processing_class=tokenizer,
-        args=TokenPreferenceConfig(str(tmp_path), **PLAIN),  # type: ignore[arg-type]
+        policy, reference, method=TDPO(0.1), train_dataset=data(), eval_dataset=data(2),
+        processing_class=tokenizer, args=TokenPreferenceConfig(str(tmp_path), **PLAIN),  # type: ignore[arg-type]
     )  # fmt: skip
     numbers = found.evaluate()
     assert numbers["eval_loss"] > 0
@@ -230,9 +235,7 @@ def test_two_processes_are_one(tokenizer: PreTrainedTokenizerBase, tmp_path: Pat
          "both responses of pair 0 are the same"),
     ],
 )  # fmt: skip
-def test_misuse(
-    changes: dict[str, Any], said: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+def test_misuse(changes: dict[str, Any], said: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=said):
         trainer(tokenizer, tmp_path, DPO(), **changes)
 

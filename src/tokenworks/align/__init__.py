@@ -22,13 +22,21 @@ from tokenworks.align.sparsepo import SparsePO, SparseTokenMask
 from tokenworks.align.tdpo import TDPO
 from tokenworks.align.tgdpo import TGDPO
 
-LATE = ("TokenPreferenceConfig", "TokenPreferenceTrainer")
-"""Imported when first asked for: TRL takes seconds, and a loss can do without it."""
+LATE = {
+    "AlignDistilConfig": "aligndistil_trainer",
+    "AlignDistilTrainer": "aligndistil_trainer",
+    "RTOConfig": "rto_trainer",
+    "RTOTrainer": "rto_trainer",
+    "TokenPreferenceConfig": "trainer",
+    "TokenPreferenceTrainer": "trainer",
+    "train_reverse_dpo": "aligndistil_trainer",
+}
+"""Imported from their modules when first asked for: TRL takes seconds, and a loss can do without it."""
 
 
 def __getattr__(name: str) -> Any:
     if name in LATE:
-        return getattr(import_module("tokenworks.align.trainer"), name)
+        return getattr(import_module(f"tokenworks.align.{LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -37,10 +45,14 @@ __all__ = [
     "DPO",
     "TDPO",
     "TGDPO",
+    "AlignDistilConfig",
+    "AlignDistilTrainer",
     "Needs",
     "Outcome",
     "Pairs",
     "PreferenceMethod",
+    "RTOConfig",
+    "RTOTrainer",
     "SparsePO",
     "SparseTokenMask",
     "TokenPreferenceConfig",
@@ -49,4 +61,5 @@ __all__ = [
     "guide_rewards",
     "load_pairs",
     "sentiment_pairs",
+    "train_reverse_dpo",
 ]

@@ -9,8 +9,9 @@ is low where wrong chains say what right ones would not. cDPO weighs the tokens 
 
     loss = -log sigmoid(beta sum_t log_ratio_t (chosen) - beta sum_t (1 - s_t) log_ratio_t (rejected))
 
-Not to be confused with the "conservative" DPO of label smoothing. How critical tokens are found by rollouts, the
-definition that the scores stand in for, is in `align.critical`.
+The last token of a response, its end, has weight 1. Not to be confused with the "conservative" DPO of label
+smoothing. How critical tokens are found by rollouts, the definition that the scores stand in for, is in
+`align.critical`.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class CDPO:
         beta: above 0.
         only_negative: weigh only the rejected response, as the authors' configuration does; else the chosen tokens
             by s as well.
-        reduction: "sequence" is the paper's loss. "released" is that of the authors' code, which takes the sigmoid at
-            every position of the padded pair and the mean over all of them, prompt and padding included: it depends
-            on how long the data around a pair is, and is here for comparison.
+        reduction: "sequence" is the paper's loss. "released" is that of the authors' code, which takes the sigmoid
+            at every position of the padded pair and the mean over all of them, prompt and padding included: it
+            depends on how long the data around a pair is, and is here for comparison.
 
     The data's scores are s_t (see `align.scores.contrastive_scores`).
 
@@ -73,8 +74,10 @@ class CDPO:
     def weights(self, pairs: Pairs) -> Tensor:
         """float32 [2B, T], without gradient."""
         scores = required(pairs.scores, "scores").detach()
-        if bool(((scores < 0) | (scores > 1)).any()):
+        if not bool(((scores >= 0) & (scores <= 1)).all()):
             raise InputError("scores: not probabilities; contrastive scores lie in [0, 1]")
         good, bad = halves(scores)
         weights = torch.cat([torch.ones_like(good) if self.only_negative else good, 1 - bad])
-        return torch.where(pairs.mask, weights, 0.0)
+        place = torch.arange(pairs.mask.shape[1], device=pairs.mask.device)
+        last = torch.where(pairs.mask, place, -1).amax(1, keepdim=True)
+        return torch.where(pairs.mask, weights.masked_fill(place == last, 1.0), 0.0)

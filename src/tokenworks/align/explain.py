@@ -85,8 +85,8 @@ def _trace(
     inside = batch.mask[side]
     trace = Trace.from_ids(ids, tokenizer)
     widest = float(push.abs().max()) or 1.0
-    trace.add("push", push[side][inside].tolist(), "by how much the pair's loss falls if the token's log-probability "
-              "rises by one nat", -widest, widest)  # fmt: skip
+    said = "by how much the pair's loss falls if the token's log-probability rises by one nat"
+    trace.add("push", push[side][inside].tolist(), said, -widest, widest)
     for name, values in outcome.channels.items():
         trace.add(name, values[side][inside].tolist(), outcome.descriptions.get(name, ""))
     trace.meta |= {

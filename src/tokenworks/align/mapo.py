@@ -3,10 +3,13 @@
 Of every site in the network the mean over its channels is rescaled over the response to [0, 1]; sites are averaged
 within their kind, and the kinds with each other. (The paper also takes z-scores before it rescales, which the
 rescaling undoes.) The mask is dense, and looks at the whole response: it is data, not a prediction.
+
+The authors' sites are here but for the rotated queries and keys, which no module of Transformers gives out.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,42 +19,52 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tokenworks.align.scores import Scorer
 from tokenworks.core.errors import InputError, UnsupportedModelError
 
 KINDS = {
-    "mlp": ("act_fn", "act"),
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "c_attn", "c_proj", "query_key_value", "dense"),
-    "residual": (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "ln_1",
-        "ln_2",
-        "norm",
-        "ln_f",
-        "mlp",
-        "embed_tokens",
+    "mlp": ("act_fn", "act", "activation_fn"),
+    "attention": (
+        "q_proj", "k_proj", "v_proj", "attn.c_attn", "query_key_value",
+        "<o_proj", "<attn.c_proj", "<attention.dense", "<self_attn.out_proj",
     ),
-}
-"""Kinds of sites, and the names under which models keep the modules whose results are looked at."""
+    "residual": (
+        "embed_tokens", "wte", "embed_in",
+        "input_layernorm", "self_attn_layer_norm", "ln_1",
+        "self_attn", "attn", "attention",
+        "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm", "ln_2",
+        "<post_attention_layernorm", "<pre_feedforward_layernorm", "<ln_2", "<#.final_layer_norm",
+        "final_layer_norm",
+        "mlp", "fc2", "layers.#", "h.#", "norm", "ln_f",
+    ),
+}  # fmt: skip
+"""Kinds of sites: ends of the names under which models keep modules (# is a layer's number), whose results are
+looked at, or with "<" what goes into them: what the last projection of attention is given, and the residual
+between the halves of a layer."""
+
+MAPPINGS = ("rescale", "sigmoid")
 
 
 def activation_scores(
-    reference: PreTrainedModel, kinds: Sequence[str] = tuple(KINDS)
-) -> Callable[[Sequence[int], Sequence[int]], list[float]]:
+    reference: PreTrainedModel, kinds: Sequence[str] = tuple(KINDS), mapping: str = "rescale"
+) -> Scorer:
     """A scorer that gives each token of a response its mask, in [0, 1].
 
     Args:
         kinds: of `KINDS`.
+        mapping: of a site to [0, 1]. "rescale" is the paper's; "sigmoid" takes the mean of sigmoids over channels
+            and looks at no other token.
 
     Raises:
-        InputError: no such kind.
+        InputError: no such kind or mapping.
         UnsupportedModelError: the model has no site of a kind under a known name.
     """
     unknown = set(kinds) - set(KINDS)
     if unknown or not kinds:
         raise InputError(f"kinds: no {', '.join(sorted(unknown)) or 'kind given'}; there are {', '.join(KINDS)}")
-    sites = {kind: [m for name, m in reference.named_modules() if name.rsplit(".", 1)[-1] in KINDS[kind]]
-             for kind in kinds}  # fmt: skip
+    if mapping not in MAPPINGS:
+        raise InputError(f"mapping: no {mapping!r}; there are {', '.join(MAPPINGS)}")
+    sites = {kind: _sites(reference, KINDS[kind]) for kind in kinds}
     for kind, found in sites.items():
         if not found:
             raise UnsupportedModelError(
@@ -61,38 +74,66 @@ def activation_scores(
 
     @torch.inference_mode()
     def score(prompt: Sequence[int], response: Sequence[int]) -> list[float]:
+        if not prompt or not response:
+            raise InputError("prompt, response: empty; both need at least one token")
         # The state that predicts a token is the one before it.
         places = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
         ids = torch.tensor([[*prompt, *response]], device=reference.device)
-        means: dict[str, list[Tensor]] = defaultdict(list)
-        with _watching(
-            sites, lambda kind, value: means[kind].append(_rescaled(value[0, places].float().mean(-1)))
-        ):
-            reference.base_model(input_ids=ids, use_cache=False)  # type: ignore[operator]
-        kept: list[float] = torch.stack([torch.stack(means[kind]).mean(0) for kind in kinds]).mean(0).tolist()
-        return kept
+        maps: dict[str, list[Tensor]] = defaultdict(list)
+
+        def see(kind: str, value: Tensor) -> None:
+            # OPT's MLP runs on all tokens as one row of the batch's.
+            rows = value.reshape(ids.shape[1], -1)[places].float()
+            maps[kind].append(_rescaled(rows) if mapping == "rescale" else rows.sigmoid().mean(-1))
+
+        with _watching(sites, see):
+            reference.base_model(input_ids=ids, use_cache=False)
+        mask: list[float] = torch.stack([torch.stack(maps[kind]).mean(0) for kind in kinds]).mean(0).tolist()
+        return mask
 
     return score
 
 
-def _rescaled(values: Tensor) -> Tensor:
-    """To [0, 1] over the tokens; 1 everywhere if they are all the same, so that no token is left out for it."""
+Site = tuple[nn.Module, bool]
+"""A module, and whether its input is looked at in place of its result."""
+
+
+def _sites(model: nn.Module, names: Sequence[str]) -> list[Site]:
+    found = []
+    for path, module in model.named_modules():
+        dotted = "." + re.sub(r"\.\d+\b", ".#", path)
+        found += [(module, name[0] == "<") for name in names if dotted.endswith("." + name.lstrip("<"))]
+    return found
+
+
+def _rescaled(rows: Tensor) -> Tensor:
+    """Means of rows [n, channels], to [0, 1] over the rows; 1 if all are the same but for rounding, so that none
+    is left out for that."""
+    values = rows.mean(-1)
     low, high = values.min(), values.max()
-    return (values - low) / (high - low) if high > low else torch.ones_like(values)
+    same = high - low <= 1e-5 * rows.abs().mean()
+    return torch.ones_like(values) if same else (values - low) / (high - low)
 
 
 @contextmanager
-def _watching(sites: dict[str, list[nn.Module]], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Hand every site's result [1, S, channels] to `see`, as long as the context lasts, also if it ends by an error."""
+def _watching(sites: dict[str, list[Site]], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Hand what every site [1, S, channels] gives to `see` until the context ends, be it by an error."""
 
-    def hook(kind: str) -> Any:
-        def keep(_: nn.Module, __: Any, result: Any) -> None:
-            see(kind, result[0] if isinstance(result, tuple) else result)
+    def after(kind: str) -> Any:
+        return lambda _, __, result: see(kind, result[0] if isinstance(result, tuple) else result)
 
-        return keep
+    def before(kind: str) -> Any:
+        return lambda _, inputs: see(kind, inputs[0])
 
-    handles = [site.register_forward_hook(hook(kind)) for kind, found in sites.items() for site in found]
+    handles: list[Any] = []
     try:
+        for kind, found in sites.items():
+            for module, into in found:
+                handles.append(
+                    module.register_forward_pre_hook(before(kind))
+                    if into
+                    else module.register_forward_hook(after(kind))
+                )
         yield
     finally:
         for handle in handles:

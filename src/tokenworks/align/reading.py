@@ -126,7 +126,7 @@ def let_read(model: nn.Module) -> None:
         # The layers are looked up at each call: what wraps models replaces them.
         return using(self, self.base_model(*args, use_cache=False, **kwargs))
 
-    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
+    model.forward = types.MethodType(forward, model)
     model.lets_read = True  # type: ignore[assignment]
 
 
@@ -214,7 +214,7 @@ def read_pairs(policy: PreTrainedModel, reference: PreTrainedModel, batch: Batch
 
 def check_same_vocabulary(policy: nn.Module, reference: nn.Module) -> None:
     """Raise `InputError` where two models cannot have the same tokens."""
-    ours, theirs = (own.get_output_embeddings().weight.shape[0] for own in (policy, reference))  # type: ignore[operator, union-attr]
+    ours, theirs = (own.get_output_embeddings().weight.shape[0] for own in (policy, reference))  # type: ignore[operator]
     if ours != theirs:
         raise InputError(
             f"ref_model: it knows {theirs} tokens and the policy {ours}; both must come from the same model"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tokenworks.align.contract import check_not_negative
 from tokenworks.align.reading import check_same_vocabulary
 from tokenworks.align.vocabulary import CHUNK, Head, check_head, vocabulary_terms
 from tokenworks.core.errors import InputError
@@ -38,7 +39,8 @@ def guide_rewards(guide: PreTrainedModel, reference: PreTrainedModel, beta: floa
 
 
 def contrastive_scores(right: PreTrainedModel, wrong: PreTrainedModel, gamma: float = 1.0) -> Scorer:
-    """softmax((1 + gamma) log p - gamma log n) of every token, with p the model of right texts and n of wrong ones.
+    """softmax((1 + gamma) log p - gamma log n) of every token, with p the model of right texts and n of wrong
+    ones.
 
     Args:
         gamma: from 0 upwards; 0 leaves p.
@@ -47,8 +49,7 @@ def contrastive_scores(right: PreTrainedModel, wrong: PreTrainedModel, gamma: fl
         InputError: the models' vocabularies differ, or gamma is negative.
     """
     _check(right, wrong)
-    if not gamma >= 0:
-        raise InputError(f"gamma: {gamma} is not a number from 0 upwards")
+    check_not_negative(gamma=gamma)
 
     @torch.inference_mode()
     def score(prompt: Sequence[int], response: Sequence[int]) -> list[float]:
@@ -61,7 +62,7 @@ def contrastive_scores(right: PreTrainedModel, wrong: PreTrainedModel, gamma: fl
             )
             labels = torch.tensor(response[part], device=log_p.device)
             found.append(contrast(log_p, log_n, gamma).gather(1, labels[:, None])[:, 0])
-        return torch.cat(found).exp().tolist()
+        return torch.cat(found).exp().clamp(max=1).tolist()  # rounding may leave a little more
 
     return score
 
@@ -87,7 +88,7 @@ def response_states(model: PreTrainedModel, prompt: Sequence[int], response: Seq
     if not prompt or not response:
         raise InputError("prompt, response: empty; both need at least one token")
     ids = torch.tensor([[*prompt, *response]], device=model.device)
-    found = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[operator]
+    found = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     states: Tensor = found[0, len(prompt) - 1 : -1]
     return states
 

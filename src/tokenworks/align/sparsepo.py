@@ -13,6 +13,7 @@ tokens drop out entirely), or given by the data's scores: those of the reference
 
 from __future__ import annotations
 
+import warnings
 from typing import cast
 
 import torch
@@ -31,6 +32,8 @@ from tokenworks.align.contract import (
 from tokenworks.core.errors import InputError
 
 MASKS = ("common", "independent", "scores")
+INITS = ("paper", "ones")
+MIXERS = ("learned", "mean")
 
 
 class SparseTokenMask(nn.Module):
@@ -38,36 +41,45 @@ class SparseTokenMask(nn.Module):
 
     Args:
         layers: L. hidden_size: d.
-        init: "paper" draws weights as Transformers does, N(0, 0.02), so that masks begin near 0.05 and beta must be
-            large (the authors take 0.8); "ones" begins with m = 1 everywhere, that is, with TDPO1.
+        init: "paper" draws weights as Transformers does, N(0, 0.02), so that masks begin near 0.05, beta must be
+            large (the authors take 0.8), and a draw whose v is negative throughout is dead; "ones" begins with
+            m = 1 everywhere, that is, with TDPO1.
         dropout: of both ReLUs' results.
+        mixer: "learned" is v of the authors' code; "mean" takes the mean over layers, v = 1/L, and cannot be dead.
 
     Raises:
-        InputError: no such beginning, or a dropout out of range.
+        InputError: no such beginning or mixer, or a number out of range.
     """
 
-    def __init__(self, layers: int, hidden_size: int, init: str = "paper", dropout: float = 0.01) -> None:
+    def __init__(
+        self, layers: int, hidden_size: int, init: str = "paper", dropout: float = 0.01, mixer: str = "learned"
+    ) -> None:
         super().__init__()
-        if init not in ("paper", "ones"):
-            raise InputError(f"init: no {init!r}; there are paper, ones")
+        if layers < 1 or hidden_size < 1:
+            raise InputError(
+                "layers, hidden_size: a learned mask needs the reference's; take them from its config"
+            )
+        for name, value, known in (("init", init, INITS), ("mixer", mixer, MIXERS)):
+            if value not in known:
+                raise InputError(f"{name}: no {value!r}; there are {', '.join(known)}")
         if not 0 <= dropout < 1:
             raise InputError(f"dropout: {dropout} is not in [0, 1)")
         self.norm = nn.LayerNorm(hidden_size)
         self.weight = nn.Parameter(torch.empty(layers, hidden_size))
         self.bias = nn.Parameter(torch.zeros(layers))
-        self.mixer = nn.Parameter(torch.empty(layers))
+        self.mixer = nn.Parameter(torch.full((layers,), 1 / layers), requires_grad=mixer == "learned")
         self.dropout = nn.Dropout(dropout)
         if init == "ones":
             nn.init.zeros_(self.weight)
             nn.init.ones_(self.bias)
-            nn.init.constant_(self.mixer, 1 / layers)
         else:
             nn.init.normal_(self.weight, std=0.02)
-            nn.init.normal_(self.mixer, std=0.02)
+            if mixer == "learned":
+                nn.init.normal_(self.mixer, std=0.02)
 
     def forward(self, states: Tensor) -> Tensor:
         """Float [...], 0 or more, of states [..., L, d]."""
-        heads = torch.relu((self.norm(states.float()) * self.weight).sum(-1) + self.bias)
+        heads = torch.relu((self.norm(states.to(self.weight.dtype)) * self.weight).sum(-1) + self.bias)
         return cast(Tensor, self.dropout(torch.relu(self.dropout(heads) @ self.mixer)))
 
 
@@ -75,11 +87,12 @@ class SparsePO(nn.Module):
     """The loss, with its masks.
 
     Args:
-        mask: "common" learns one mask for both terms, "independent" one for each, "scores" takes both from the data.
+        mask: "common" learns one mask for both terms, "independent" one for each, "scores" takes both from the
+            data.
         layers, hidden_size: of the reference, for learned masks.
         beta: above 0.
         l1_u, l1_d: lambda_u and lambda_d, from 0 upwards; sums over a pair's tokens are penalised, not means.
-        init, dropout: of learned masks (`SparseTokenMask`).
+        init, dropout, mixer: of learned masks (`SparseTokenMask`).
 
     Raises:
         InputError: a number out of range, no such mask, or learned masks without the reference's shape.
@@ -95,6 +108,7 @@ class SparsePO(nn.Module):
         l1_d: float = 0.0,
         init: str = "paper",
         dropout: float = 0.01,
+        mixer: str = "learned",
     ) -> None:
         super().__init__()
         check_positive(beta=beta)
@@ -102,18 +116,15 @@ class SparsePO(nn.Module):
         if mask not in MASKS:
             raise InputError(f"mask: no {mask!r}; there are {', '.join(MASKS)}")
         learned = mask != "scores"
-        if learned and (layers < 1 or hidden_size < 1):
-            raise InputError(
-                "layers, hidden_size: a learned mask needs the reference's; take them from its config"
-            )
         self.mask, self.beta, self.l1_u, self.l1_d = mask, beta, l1_u, l1_d
         self.needs = Needs(
             divergence=True,
             scores="" if learned else "masks, from 0 upwards (such as align.mapo.activation_scores)",
             states=learned,
         )
-        self.mask_u = SparseTokenMask(layers, hidden_size, init, dropout) if learned else None
-        self.mask_d = SparseTokenMask(layers, hidden_size, init, dropout) if mask == "independent" else None
+        shape = (layers, hidden_size, init, dropout, mixer)
+        self.mask_u = SparseTokenMask(*shape) if learned else None
+        self.mask_d = SparseTokenMask(*shape) if mask == "independent" else None
 
     def masks(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """m_u and m_d: float32 [2B, T] each, 0 outside the responses."""
@@ -137,7 +148,12 @@ class SparsePO(nn.Module):
             if weight:
                 loss = loss + weight * sum(halves(mask.sum(1)))
         rewards = self.beta * (m_u * pairs.log_ratio + m_d * divergence).detach()
-        inside = pairs.mask
+        if not m_u.any():
+            warnings.warn(
+                "the reward mask is 0 at every token of a batch, so that nothing is learned from it; draw the "
+                'masks anew with another seed, or begin with init="ones"',
+                stacklevel=2,
+            )
         return Outcome(
             loss,
             rewards.sum(1),
@@ -147,8 +163,18 @@ class SparsePO(nn.Module):
                 "divergence mask": "how much the token's divergence counts; 0 lets the policy go",
                 "reward": "beta (m_u log ratio + m_d KL) of the token",
             },
-            {
-                "sparsity/reward": float((m_u[inside] == 0).float().mean()),
-                "sparsity/divergence": float((m_d[inside] == 0).float().mean()),
-            },
+            _sparsity(pairs.mask, m_u.detach(), m_d.detach()),
         )
+
+
+def _sparsity(inside: Tensor, m_u: Tensor, m_d: Tensor) -> dict[str, float]:
+    """Shares of response tokens whose mask is 0: of both masks, over all and by side."""
+    shares: dict[str, float] = {}
+    for name, mask in (("reward", m_u), ("divergence", m_d)):
+        zero = (mask == 0) & inside
+        sides = {"": (zero, inside)} | {
+            f"/{side}": both
+            for side, *both in zip(("chosen", "rejected"), halves(zero), halves(inside), strict=True)
+        }
+        shares |= {f"sparsity/{name}{side}": float(z.sum() / n.sum()) for side, (z, n) in sides.items()}
+    return shares

@@ -1,15 +1,15 @@
 """TDPO: token-level direct preference optimisation (arXiv 2404.11999).
 
-DPO's margin, and besides it how far the policy has moved from the reference over the whole vocabulary at every token
-of the two responses. With m = sum_t log(policy / reference)(y_t) and D = sum_t KL(reference || policy)(s_t):
+DPO's margin, and besides it how far the policy has moved from the reference over the whole vocabulary at every
+token of the two responses. With m = sum_t log(policy / reference)(y_t) and D = sum_t KL(reference || policy)(s_t):
 
     TDPO1   u = (m_w - m_l) - (D_l - D_w)
     TDPO2   u = (m_w - m_l) - alpha (D_l - stop(D_w))
     loss  = -log sigmoid(beta u)
 
-Where it comes from: the advantage of a token under the reference is beta (log ratio + KL(reference || policy)), and
-a response is preferred by the sum of its advantages. TDPO1 is that; but its loss also falls when D_w grows, which
-pushes the policy away on preferred text. TDPO2 stops that gradient.
+Where it comes from: the advantage of a token under the reference is beta (log ratio + KL(reference || policy)),
+and a response is preferred by the sum of its advantages. TDPO1 is that; but its loss also falls when D_w grows,
+which pushes the policy away on preferred text. TDPO2 stops that gradient.
 """
 
 from __future__ import annotations
@@ -56,10 +56,8 @@ class TDPO:
         divergence = required(pairs.divergence, "divergence")
         m_w, m_l = halves(pairs.log_ratio.sum(1))
         d_w, d_l = halves(divergence.sum(1))
-        if self.variant == "tdpo1":
-            u = (m_w - m_l) - (d_l - d_w)
-        else:
-            u = (m_w - m_l) - self.alpha * (d_l - d_w.detach())
+        further = d_l - d_w if self.variant == "tdpo1" else self.alpha * (d_l - d_w.detach())
+        u = (m_w - m_l) - further
         advantages = token_advantages(pairs, self.beta).detach()
         return Outcome(
             -logsigmoid(self.beta * u),

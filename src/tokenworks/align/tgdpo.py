@@ -13,6 +13,9 @@ and a term that then no longer cancels is shown to leave the direction of ascent
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -27,6 +30,9 @@ from tokenworks.align.contract import (
     required,
 )
 
+Factor = Callable[[Tensor], Tensor]
+"""f of the derivation: from token rewards to what beta is scaled by, float [...] to [...]; above 0 and near 1."""
+
 
 class TGDPO:
     """The loss.
@@ -34,10 +40,12 @@ class TGDPO:
     Args:
         beta: above 0.
         alpha: from 0 upwards; how far the guide is followed. 0 is DPO.
-        min_weight: weights are raised to this, if given; the derivation wants them above 0, the authors let them be.
+        min_weight: weights are raised to this, if given; the derivation wants them above 0, the authors let them
+            be.
+        f_chosen, f_rejected: other functions of the token rewards r in place of 1 + alpha r and 1 - alpha r.
 
-    The data's scores are the guide's token rewards, beta log(guide / reference) (see `align.scores.guide_rewards`),
-    or those of any other model of token rewards.
+    The data's scores are the guide's token rewards, beta log(guide / reference) (`align.scores.guide_rewards`), or
+    those of any other model of token rewards.
 
     Raises:
         InputError: a number out of range.
@@ -45,15 +53,31 @@ class TGDPO:
 
     needs = Needs(scores="token rewards of a guide (align.scores.guide_rewards)")
 
-    def __init__(self, beta: float = 0.1, alpha: float = 0.5, min_weight: float | None = None) -> None:
+    def __init__(
+        self,
+        beta: float = 0.1,
+        alpha: float = 0.5,
+        min_weight: float | None = None,
+        f_chosen: Factor | None = None,
+        f_rejected: Factor | None = None,
+    ) -> None:
         check_positive(beta=beta)
         check_not_negative(alpha=alpha)
         self.beta, self.alpha, self.min_weight = beta, alpha, min_weight
+        self.f_chosen: Factor = f_chosen or (lambda r: 1 + alpha * r)
+        self.f_rejected: Factor = f_rejected or (lambda r: 1 - alpha * r)
 
     def __call__(self, pairs: Pairs) -> Outcome:
         weights = self.weights(pairs)
         chosen, rejected = halves((self.beta * weights * pairs.log_ratio).sum(1))
         rewards = self.beta * pairs.log_ratio.detach()
+        spoilt = float((weights[pairs.mask] <= 0).float().mean())
+        if spoilt:
+            warnings.warn(
+                f"{spoilt:.1%} of the weights are not above 0, where the derivation no longer holds and a token "
+                "is pushed the wrong way; lower alpha, or set min_weight",
+                stacklevel=2,
+            )
         return Outcome(
             -logsigmoid(chosen - rejected),
             rewards.sum(1),
@@ -63,13 +87,13 @@ class TGDPO:
                 "guide": "token reward of the guide",
                 "reward": "beta log(policy / reference) of the token, in nats",
             },
-            {"weights_not_positive": float((weights[pairs.mask] <= 0).float().mean())},
+            {"weights_not_positive": spoilt},
         )
 
     def weights(self, pairs: Pairs) -> Tensor:
-        """1 + alpha r on chosen tokens, 1 - alpha r on rejected ones: float32 [2B, T], without gradient."""
-        good, bad = halves(self.alpha * required(pairs.scores, "scores").detach())
-        weights = torch.cat([1 + good, 1 - bad])
+        """f of the token rewards on chosen and on rejected tokens: float32 [2B, T], without gradient."""
+        good, bad = halves(required(pairs.scores, "scores").detach())
+        weights = torch.cat([self.f_chosen(good), self.f_rejected(bad)])
         if self.min_weight is not None:
             weights = weights.clamp(min=self.min_weight)
         return torch.where(pairs.mask, weights, 0.0)

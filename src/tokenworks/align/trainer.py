@@ -73,14 +73,19 @@ class TokenPreferenceTrainer(DPOTrainer):
     Args:
         method: a `PreferenceMethod`. If it is an `nn.Module`, its parameters are trained with the model's and kept
             beside it as `token_method.safetensors`.
-        scorer: gives the per-token scores that some methods need, once for all data; not needed if the data has the
-            columns of `SCORES` already.
+        scorer: gives the per-token scores that some methods need, once for all data; not needed if the data has
+            the columns of `SCORES` already.
 
     Raises:
         InputError: an option of the DPO loss, vocabularies that differ, a response that is empty or cut off, or
             scores that are missing or do not fit.
         UnsupportedModelError: the model's head cannot be followed.
     """
+
+    # The Trainer's own annotations know only of its base class's arguments and of models that may be missing.
+    args: Any
+    model: Any
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -133,7 +138,7 @@ class TokenPreferenceTrainer(DPOTrainer):
                 cut += limit is not None and len(row["prompt_ids"]) + len(row[side]) > limit
             if row["chosen_ids"] == row["rejected_ids"]:
                 raise InputError(
-                    f"train_dataset: both responses of pair {number} are the same, so it teaches nothing; leave it out"
+                    f"train_dataset: both responses of pair {number} are the same; leave it out, it says nothing"
                 )
         if cut and not self.args.keep_truncated:
             raise InputError(
@@ -282,10 +287,10 @@ class _WithScores:
 
 def _refuse_dpo_options(args: TokenPreferenceConfig) -> None:
     """Raise `InputError` for an option that would be passed over in silence."""
-    defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(DPOConfig)
-                if f.name in DPO_OPTIONS}  # type: ignore[misc]  # fmt: skip
-    for name, plain in defaults.items():
-        if getattr(args, name) != plain:
+    for option in fields(DPOConfig):
+        name, make = option.name, option.default_factory
+        plain = option.default if make is MISSING else make()
+        if name in DPO_OPTIONS and getattr(args, name) != plain:
             raise InputError(
                 f"{name}: an option of TRL's DPO loss; a token-level method has its own. Leave it out"
             )

@@ -214,7 +214,7 @@ def run_training(trainer: Any, out: Path, checkpoint: str | None) -> None:
     with shown_progress(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(out))
-    last = next((row for row in reversed(trainer.state.log_history) if "loss" in row), {})
+    last: dict[str, float] = next((row for row in reversed(trainer.state.log_history) if "loss" in row), {})
     names = ("loss", "rewards/margins", "rewards/accuracies", "reward")
     found = {name: last[name] for name in names if name in last}
     typer.echo(json.dumps({"folder": str(out), "steps": trainer.state.global_step, **found}))
@@ -334,7 +334,7 @@ def read_reward(named: str) -> Callable[..., list[float]]:
         raise InputError(f"reward: {path} raised {error!r}") from error
     if not callable(found.get(name)):
         raise InputError(f"reward: {path} defines no function {name!r}")
-    return found[name]  # type: ignore[no-any-return]
+    return found[name]
 
 
 def _plain(completion: Any) -> str:

@@ -97,7 +97,7 @@ class Sentiment:
         top.model.embed_tokens, top.lm_head = whole.model.embed_tokens, whole.lm_head
         top.requires_grad_(False).eval()
         let_read(top)
-        return top  # type: ignore[no-any-return]
+        return top
 
     def reward(self, text: str) -> float:
         """VADER's compound score."""
@@ -111,30 +111,44 @@ class Sentiment:
 
     @cached_property
     def train_pairs(self) -> list[Encoded]:
-        return [self.encode(pair) for pair in sentiment_pairs("train")]
+        return self.encode_all(sentiment_pairs("train"))
 
     @cached_property
     def test_pairs(self) -> list[Encoded]:
-        return [self.encode(pair) for pair in sentiment_pairs("test")]
+        return self.encode_all(sentiment_pairs("test"))
 
     def encode(self, pair: SentimentPair) -> Encoded:
-        found = encode_pair(self.tokenizer, pair.prompt, pair.chosen, pair.rejected)
-        return Encoded(found, (self.trunk(found.prompt + found.chosen), self.trunk(found.prompt + found.rejected)))
+        return self.encode_all([pair])[0]
 
-    @torch.inference_mode()
+    def encode_all(self, pairs: Sequence[SentimentPair]) -> list[Encoded]:
+        found = [encode_pair(self.tokenizer, pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
+        sides = [self.trunks([p.prompt + ids for p, ids in zip(found, responses, strict=True)])
+                 for responses in ([p.chosen for p in found], [p.rejected for p in found])]  # fmt: skip
+        return [Encoded(*each) for each in zip(found, zip(*sides, strict=True), strict=True)]
+
     def trunk(self, ids: Sequence[int]) -> Tensor:
         """What the frozen layers make of a text: float32 [S, d]."""
+        return self.trunks([ids])[0]
+
+    @torch.inference_mode()
+    def trunks(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """`trunk` of many texts: batched, padded on the right where no token sees it."""
         whole: Any = self.model
         layers = whole.model.layers
         whole.model.layers = layers[:-TRAINED]
         norm, whole.model.norm = whole.model.norm, nn.Identity()
+        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+        found: dict[int, Tensor] = {}
         try:
-            found: Tensor = (
-                whole.model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0].clone()
-            )
+            for start in range(0, len(order), 2 * PAIRS):
+                places = order[start : start + 2 * PAIRS]
+                longest = len(texts[places[-1]])
+                ids = torch.tensor([[*texts[place], *[0] * (longest - len(texts[place]))] for place in places])
+                states = whole.model(input_ids=ids, use_cache=False).last_hidden_state
+                found |= {p: row[: len(texts[p])].clone() for p, row in zip(places, states, strict=True)}
         finally:
             whole.model.layers, whole.model.norm = layers, norm
-        return found
+        return [found[place] for place in range(len(texts))]
 
     def collate(self, chosen: Sequence[Encoded], swapped: bool = False) -> Batch:
         """A batch for the last layers; `swapped` takes the rejected responses for the chosen ones."""
@@ -197,7 +211,7 @@ class Sentiment:
 
     def dpo(self, seed: int = 0, beta: float = 0.1, epochs: float = 2, swapped: bool = False) -> PreTrainedModel:
         """The last layers after DPO, which several papers begin with; kept in the user's cache folder."""
-        facts = [seed, beta, epochs, swapped, PAIRS, LEARNING_RATE, TRAINED, len(self.train_pairs)]
+        facts: list[Any] = [seed, beta, epochs, swapped, PAIRS, LEARNING_RATE, TRAINED, len(self.train_pairs)]
         facts.append(hashlib.sha256("".join(p.chosen for p in sentiment_pairs()).encode()).hexdigest())
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
         path = cache_folder() / "sentiment" / f"dpo-{key}.safetensors"
@@ -216,6 +230,9 @@ class Sentiment:
     def whole(self, policy: PreTrainedModel) -> PreTrainedModel:
         """The whole model with the last layers of `policy`; what is below is shared, not copied."""
         own: Any = copy.copy(self.model)
+        # What `let_read` put over the original's `forward` would run the original.
+        for name in ("forward", "lets_read"):
+            own.__dict__.pop(name, None)
         own._modules = dict(own._modules)
         inner: Any = copy.copy(own.model)
         inner._modules = dict(inner._modules)
@@ -225,7 +242,7 @@ class Sentiment:
         inner._modules["layers"] = nn.ModuleList([*self.model.model.layers[:-TRAINED], *tops])
         inner._modules["norm"] = policy.model.norm
         own._modules["model"] = inner
-        return own  # type: ignore[no-any-return]
+        return own
 
     def write(
         self, policy: PreTrainedModel, seed: int, prompts: Sequence[str] | None = None
