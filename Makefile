@@ -25,8 +25,8 @@ demo: $(INSTALLED)
 	@echo "==> Done. Open the report in a browser: $(CURDIR)/report.html"
 
 test: $(INSTALLED)
-	@echo "==> Running the tests"
-	$(BIN)/python -m pytest
+	@echo "==> Running the tests, in two processes of one thread"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	@echo "==> Checking style and types"

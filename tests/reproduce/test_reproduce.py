@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tokenworks.core.catalog import load_catalog
 from tokenworks.core.data import prompts
 from tokenworks.core.errors import InputError
 from tokenworks.reproduce import Run, available, reproduce
@@ -115,7 +116,8 @@ def test_every_reproduction_is_reachable_and_bad_input_is_named(tmp_path: Path) 
     assert "token-recycling" in available()
     with pytest.raises(InputError, match="no paper 'nope'"):
         reproduce("nope", Run(1, True, tmp_path))
+    planned = next(paper.slug for paper in load_catalog().values() if paper.status == "planned")
     with pytest.raises(InputError, match="no reproduction yet"):
-        reproduce("awrs", Run(1, True, tmp_path))
+        reproduce(planned, Run(1, True, tmp_path))
     with pytest.raises(InputError, match="seeds: 0"):
         reproduce("token-recycling", Run(0, True, tmp_path))

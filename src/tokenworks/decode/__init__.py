@@ -11,7 +11,7 @@ generation = decoder(Session(loaded.model), "token-recycling").generate(prompt_i
 from __future__ import annotations
 
 from tokenworks.decode.adadec import AdaDec
-from tokenworks.decode.awrs import SAMPLERS, awrs
+from tokenworks.decode.awrs import SAMPLERS
 from tokenworks.decode.beam import BeamSearch
 from tokenworks.decode.byte_level import ByteEnsemble, ByteLM
 from tokenworks.decode.constraint import FunctionConstraint, grammar, json_schema, regex
@@ -58,7 +58,6 @@ __all__ = [
     "TokenRecycling",
     "Verdict",
     "Verifier",
-    "awrs",
     "check_names",
     "decoder",
     "grammar",
