@@ -5,7 +5,7 @@ of its reference, only more or less often: with y drawn from the reference and w
 under the policy are means of w times the quantity. All policies then share the same texts, so that two of them are
 compared without the noise of two samples. What it costs is effective sample size, which is reported.
 
-    texts = HeldOut(bench)
+    texts = HeldOut(bench, 50)              # so many openings
     seen = texts.read(policy)               # JSON data: for each text its weight, divergences, entropy
     texts.difference([seen], [other], "reward")
 """
