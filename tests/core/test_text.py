@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.conftest import tiny_model
 from tests.core.test_trace import byte_tokenizer
 from tokenworks.core.errors import InputError
-from tokenworks.core.text import encode_prompt, stop_ids
+from tokenworks.core.text import encode_prompt, one_prompt, stop_ids
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -36,3 +37,14 @@ def test_stop_tokens_come_from_the_model_then_from_the_tokenizer() -> None:
     assert stop_ids(model, tokenizer) == [5]
     model.generation_config.eos_token_id = [5, 6]
     assert stop_ids(model, tokenizer) == [5, 6]
+
+
+def test_one_prompt_and_no_more() -> None:
+    assert one_prompt(torch.tensor([[3, 4]]), 2) == [3, 4]
+    for prompt, said in (
+        ([], "empty"),
+        (torch.zeros(2, 3, dtype=torch.long), "a batch of 2"),
+        ([1, 2, 3], "3 tokens"),
+    ):
+        with pytest.raises(InputError, match=said):
+            one_prompt(prompt, 2)

@@ -9,15 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+
+from tokenworks.cli.bars import progress_bar
 
 train = typer.Typer(name="train", help="Make the small models that some methods need.", no_args_is_help=True)
 
@@ -194,14 +187,7 @@ def threshold(
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int, str], None]]:
     """A bar on stderr, and what moves it: pieces done, pieces in all, what is being done."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("starting", total=None)
 
         def show(done: int, total: int, what: str) -> None:

@@ -9,19 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftConfig
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from tokenworks.cli.bars import progress_bar
 from tokenworks.core.errors import InputError
 
 Arguments = TypeVar("Arguments")
@@ -63,14 +55,7 @@ def latest_checkpoint(out: Path) -> str | None:
 @contextmanager
 def shown_progress(trainer: Any) -> Iterator[None]:
     """A bar on stderr with the steps and the last logged numbers, in place of the trainer's own printing."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("starting", total=None)
 
         class Show(TrainerCallback):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenworks.core.errors import InputError
@@ -36,3 +39,19 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     if found is None:
         return []
     return list(found) if isinstance(found, list | tuple) else [found]
+
+
+def one_prompt(prompt: Sequence[int] | Tensor, context_limit: int) -> list[int]:
+    """The ids of a prompt, of which there must be at least one, and not more than a context holds.
+
+    Raises:
+        InputError: it is empty, a batch, or too long.
+    """
+    ids = torch.as_tensor(prompt)
+    if ids.dim() == 2 and len(ids) > 1:
+        raise InputError(f"prompt: a batch of {len(ids)} is not supported; decode one prompt at a time")
+    if ids.numel() == 0:
+        raise InputError("prompt: empty; give at least one token")
+    if ids.numel() > context_limit:
+        raise InputError(f"prompt: {ids.numel()} tokens do not fit the model's context of {context_limit}")
+    return [int(token) for token in ids.flatten()]

@@ -27,10 +27,10 @@ from transformers import PreTrainedTokenizerBase
 from tokenworks.core.errors import InputError
 from tokenworks.core.sampling import Sampling
 from tokenworks.core.session import Engine, Session
+from tokenworks.core.text import one_prompt
 from tokenworks.core.trace import Trace
 from tokenworks.decode.draft_model import DraftModel
 from tokenworks.decode.r2r_routers import Router, SmallStep
-from tokenworks.decode.speculative import _one_prompt
 
 
 class Weights(NamedTuple):
@@ -170,7 +170,7 @@ class RoutedDecoder:
             NumericalError: a model returned NaN.
         """
         limit = min(self._session.context_limit, self.large.context_limit)
-        context = _one_prompt(prompt, limit)
+        context = one_prompt(prompt, limit)
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens: {max_new_tokens} is not at least 1")
         stops, begun = frozenset(stop_ids), time.perf_counter()

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from tokenworks.core.errors import InputError
 from tokenworks.core.sampling import Sampling
 from tokenworks.core.session import Engine
+from tokenworks.core.text import one_prompt
 from tokenworks.core.trace import Trace
 from tokenworks.decode.contract import Autoregressive, Draft, Drafter, Law, TokenMatching, Verdict, Verifier
 
@@ -139,7 +140,7 @@ class SpeculativeDecoder:
             InputError: an empty prompt, a batch, a prompt longer than the context, `max_new_tokens` below 1.
             NumericalError: the model returned NaN.
         """
-        ids = _one_prompt(prompt, self.session.context_limit)
+        ids = one_prompt(prompt, self.session.context_limit)
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens: {max_new_tokens} is not at least 1")
         stops = frozenset(stop_ids)
@@ -201,14 +202,3 @@ class SpeculativeDecoder:
 
 def _or(laws: Iterable[Law]) -> str:
     return " or ".join(sorted(law.value for law in laws))
-
-
-def _one_prompt(prompt: Sequence[int] | Tensor, context_limit: int) -> list[int]:
-    ids = torch.as_tensor(prompt)
-    if ids.dim() == 2 and len(ids) > 1:
-        raise InputError(f"prompt: a batch of {len(ids)} is not supported; decode one prompt at a time")
-    if ids.numel() == 0:
-        raise InputError("prompt: empty; give at least one token")
-    if ids.numel() > context_limit:
-        raise InputError(f"prompt: {ids.numel()} tokens do not fit the model's context of {context_limit}")
-    return [int(token) for token in ids.flatten()]
