@@ -90,6 +90,22 @@ def test_a_reward_that_is_not_there(folder: Path, tmp_path: Path) -> None:
         assert words in done.stderr
 
 
+def test_searching(folder: Path) -> None:
+    model = str(folder / "model")
+    done = call("align", "search", "ab", "--raw", "-m", model, "--beams", "3", "-n", "4")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3
+    done = call(
+        "align", "search", "ab", "--raw", "-m", model, "--ref-model", model, "--scorer", "implicit", "-n", "3",
+        "--simulations", "20", "--trace",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "reward: beta log(policy / reference)" in done.stdout
+    done = call("align", "search", "ab", "--raw", "-m", model, "--scorer", "implicit")
+    assert done.returncode == 2
+    assert "reference: scorer" in done.stderr
+
+
 def test_explaining_shows_and_keeps_both_sides(folder: Path, tmp_path: Path) -> None:
     model = str(folder / "model")
     done = call(

@@ -178,6 +178,59 @@ def rto(
     run_training(trainer, out, latest_checkpoint(out))
 
 
+@align.command()
+def search(
+    prompt: Annotated[str, typer.Argument(help="What to continue or answer.")],
+    model: Model = "smollm2-135m",
+    ref_model: Reference = None,
+    scorer: Annotated[
+        str, typer.Option("--scorer", help="policy: likelihood; implicit: DPO's reward, needs --ref-model.")
+    ] = "policy",
+    beams: Annotated[int, typer.Option("--beams", help="Texts side by side.")] = 5,
+    simulations: Annotated[
+        int | None, typer.Option("--simulations", help="Monte-Carlo tree search of so many, not beams.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Of a text.")] = 48,
+    beta: Beta = 0.1,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands.")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="Also show what each token added.")] = False,
+    trace_out: Annotated[
+        Path | None, typer.Option("--trace-out", help="Write the Trace to a .html page or a .json file.")
+    ] = None,
+) -> None:
+    """Search for the text that a DPO policy holds best (From r to Q*).
+
+    Example:
+
+        tokenworks align search "The hotel was" --raw --model ./aligned --ref-model smollm2-135m --scorer implicit
+    """
+    check_trace_out(trace_out)
+
+    from tokenworks.align.search import beam_search
+    from tokenworks.align.tree_search import mcts
+    from tokenworks.core.models import load
+    from tokenworks.core.session import Session
+    from tokenworks.core.text import encode_prompt, stop_ids
+
+    loaded = load(model)
+    reference = None if ref_model is None else Session(load(ref_model).model)
+    ids, stops = encode_prompt(loaded.tokenizer, prompt, raw), stop_ids(loaded.model, loaded.tokenizer)
+    kind: Any = scorer  # refused by the search, if it is none
+    common: dict[str, Any] = {"stop_ids": stops, "reference": reference, "scorer": kind, "beta": beta}
+    if simulations is None:
+        found = beam_search(Session(loaded.model), ids, beams, max_new_tokens, **common)
+    else:
+        found = mcts(Session(loaded.model), ids, simulations, max_new_tokens, **common)
+    for text in found.texts:
+        written = loaded.tokenizer.decode(list(text.token_ids), skip_special_tokens=True)
+        typer.echo(f"{text.score:9.3f}  {written!r}")
+    typer.echo(f"{found.passes} passes of each model", err=True)
+    if trace or trace_out:
+        record = found.trace(loaded.tokenizer)
+        record.meta |= {"title": prompt[:90], "scorer": scorer, "model": model}
+        show_trace(record, "reward" if reference is not None else "log_p", trace, trace_out, err=False)
+
+
 Making = Callable[[Any, Any], "tuple[PreferenceMethod, Scorer | None]"]
 """From policy and reference a method, and the scorer that it needs."""
 
