@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenworks.align.contract import Needs, Pairs
-from tokenworks.align.vocabulary import Head, Terms, check_head, vocabulary_terms
+from tokenworks.align.vocabulary import Head, check_head, vocabulary_terms
 from tokenworks.core.errors import InputError
 
 Using = Callable[[nn.Module, Any], dict[str, Tensor]]
@@ -130,19 +130,19 @@ def let_read(model: nn.Module) -> None:
     model.lets_read = True  # type: ignore[assignment]
 
 
-def read_reference(reference: Callable[..., Any], batch: Batch, needs: Needs) -> tuple[Terms, ReferenceRead]:
-    """What the reference says of the response tokens, [N] each, and what a later pass needs of it."""
-    kept: list[tuple[Terms, ReferenceRead]] = []
+def read_reference(reference: Callable[..., Any], batch: Batch, needs: Needs) -> ReferenceRead:
+    """What the policy's pass needs of the reference, and what it says itself of the response tokens."""
+    kept: list[ReferenceRead] = []
 
     def using(model: nn.Module, found: Any) -> dict[str, Tensor]:
         head, hidden = Head.of(model), found.last_hidden_state[:, :-1][batch.mask]
         states = None
         if needs.states:
             states = torch.stack([layer[:, :-1][batch.mask] for layer in found.hidden_states[1:]], 1)
-        kept.append(
-            (vocabulary_terms(head, hidden, batch.labels[batch.mask]), ReferenceRead(head, hidden, states))
-        )
-        return {"log_p": kept[0][0].log_p}
+        # A divergence asks the reference for its distributions anyway, and so for these.
+        log_p = None if needs.divergence else vocabulary_terms(head, hidden, batch.labels[batch.mask]).log_p
+        kept.append(ReferenceRead(head, hidden, states, log_p))
+        return {"hidden": hidden}
 
     with torch.no_grad():
         reference(**batch.inputs, using=using, **({"output_hidden_states": True} if needs.states else {}))
@@ -151,45 +151,48 @@ def read_reference(reference: Callable[..., Any], batch: Batch, needs: Needs) ->
 
 @dataclass(frozen=True)
 class ReferenceRead:
-    """Of the reference, at the N response tokens: head, last states [N, d], and all its layers' [N, L, d]."""
+    """Of the reference, at the N response tokens: head, last states [N, d], all its layers' [N, L, d] if asked
+    for, and log-probabilities [N] where no divergence will find them."""
 
     head: Head
     hidden: Tensor
     states: Tensor | None
+    log_p: Tensor | None
 
 
 def read_policy(
     policy: Callable[..., Any], batch: Batch, reference: ReferenceRead, needs: Needs
 ) -> dict[str, Tensor]:
-    """ "log_p", "divergence" and "entropy" of the N response tokens under the policy, with gradient."""
+    """Of the N response tokens "log_p" and "divergence" of the policy, with gradient, its "entropy", and
+    "log_ref" of the reference."""
     teacher = reference.head.teacher(reference.hidden) if needs.divergence else None
 
     def using(model: nn.Module, found: Any) -> dict[str, Tensor]:
         hidden = found.last_hidden_state[:, :-1][batch.mask]
         direction = "forward" if needs.divergence else None
         terms = vocabulary_terms(Head.of(model), hidden, batch.labels[batch.mask], teacher, direction)  # type: ignore[arg-type]
-        return {"log_p": terms.log_p, "divergence": terms.divergence, "entropy": terms.entropy}
+        log_ref = terms.teacher_log_p if reference.log_p is None else reference.log_p
+        return {
+            "log_p": terms.log_p, "divergence": terms.divergence, "entropy": terms.entropy, "log_ref": log_ref,
+        }  # fmt: skip
 
     found: dict[str, Tensor] = policy(**batch.inputs, using=using)
     return found
 
 
-def join_pairs(
-    batch: Batch, reference: tuple[Terms, ReferenceRead], policy: dict[str, Tensor], needs: Needs
-) -> Pairs:
+def join_pairs(batch: Batch, reference: ReferenceRead, policy: dict[str, Tensor], needs: Needs) -> Pairs:
     """The numbers of both models as rows of the batch."""
-    terms, read = reference
 
     def rows(values: Tensor) -> Tensor:
         return torch.zeros(batch.mask.shape, device=values.device).masked_scatter(batch.mask, values)
 
     states = None
-    if read.states is not None:
-        states = read.states.new_zeros(*batch.mask.shape, *read.states.shape[1:])
-        states[batch.mask] = read.states
+    if reference.states is not None:
+        states = reference.states.new_zeros(*batch.mask.shape, *reference.states.shape[1:])
+        states[batch.mask] = reference.states
     return Pairs(
         rows(policy["log_p"]),
-        rows(terms.log_p),
+        rows(policy["log_ref"]),
         batch.mask,
         rows(policy["divergence"]) if needs.divergence else None,
         batch.scores if needs.scores else None,
@@ -209,7 +212,7 @@ def read_pairs(policy: PreTrainedModel, reference: PreTrainedModel, batch: Batch
     for model in (policy, reference):
         let_read(model)
     found = read_reference(reference, batch, needs)
-    return join_pairs(batch, found, read_policy(policy, batch, found[1], needs), needs)
+    return join_pairs(batch, found, read_policy(policy, batch, found, needs), needs)
 
 
 def check_same_vocabulary(policy: nn.Module, reference: nn.Module) -> None:

@@ -189,7 +189,7 @@ class TokenPreferenceTrainer(DPOTrainer):
         ):
             read = read_reference(reference, batch, needs)
         with self.accelerator.autocast():
-            found = read_policy(model, batch, read[1], needs)
+            found = read_policy(model, batch, read, needs)
         outcome = self.method(join_pairs(batch, read, found, needs))
         loss = outcome.loss.mean()
         self._note(batch, found, outcome)

@@ -55,3 +55,9 @@ def one_prompt(prompt: Sequence[int] | Tensor, context_limit: int) -> list[int]:
     if ids.numel() > context_limit:
         raise InputError(f"prompt: {ids.numel()} tokens do not fit the model's context of {context_limit}")
     return [int(token) for token in ids.flatten()]
+
+
+def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    length = min(len(one), len(other))
+    return next((i for i in range(length) if one[i] != other[i]), length)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tokenworks.core.errors import InputError
 from tokenworks.core.session import Engine
+from tokenworks.core.text import shared_length
 from tokenworks.core.tree import ROOT, TokenTree
 from tokenworks.decode.byte_writing import END
 from tokenworks.decode.encodings import Encodings
@@ -97,7 +98,7 @@ class Cover:
         lefts = [left for at in near if self._reaches(data, at) for left in self.encodings.lefts(data[:at])]
         base = lefts[0]
         for left in lefts:
-            base = base[: _common(base, left)]
+            base = base[: shared_length(base, left)]
         self.check_room(len(prefix) + max(map(len, lefts)), "prompt")
         self.session.rollback(0)
         logits = self.session.prefill([*prefix, *base])
@@ -266,7 +267,7 @@ class Cover:
             return
         session, offset = self.session, len(self._prefix)
         kept = tuple(session.tokens[offset:])
-        common = min(min(_common(kept, left), self._known_length(left)) for left in new)
+        common = min(min(shared_length(kept, left), self._known_length(left)) for left in new)
         session.rollback(offset + common)
         nodes: dict[Left, int] = {}
         parents: list[int] = []
@@ -329,8 +330,3 @@ class Cover:
                 return top[: 1 + int(np.searchsorted(np.cumsum(p[top]), whole - self.tolerance))]
             count *= 4
         return np.arange(len(p))
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    length = min(len(one), len(other))
-    return next((i for i in range(length) if one[i] != other[i]), length)

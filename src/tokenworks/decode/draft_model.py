@@ -20,6 +20,7 @@ from torch import Tensor
 from tokenworks.core.errors import InputError
 from tokenworks.core.sampling import Sampling
 from tokenworks.core.session import Engine
+from tokenworks.core.text import shared_length
 from tokenworks.core.tree import ROOT, TokenTree, TreeShape
 from tokenworks.decode.contract import Draft, Law, Verdict
 
@@ -65,7 +66,7 @@ class DraftModel:
 
     def start(self, prompt: Sequence[int], sampling: Sampling, generator: torch.Generator | None) -> None:
         """A new sequence; what it shares with the last one stays in the draft's cache."""
-        self.session.rollback(_shared(self.session.tokens, prompt[:-1]))
+        self.session.rollback(shared_length(self.session.tokens, prompt[:-1]))
         heat = self._temperature
         if heat is None:
             heat = GREEDY_TEMPERATURE if sampling.greedy else sampling.temperature
@@ -74,7 +75,7 @@ class DraftModel:
     def plant(self, context: Sequence[int]) -> DraftTree:
         """Read what was confirmed since the last draft, and begin a tree under the last token of `context`."""
         # Drafts that were never verified leave nothing behind.
-        self.session.rollback(_shared(self.session.tokens, context[:-1]))
+        self.session.rollback(shared_length(self.session.tokens, context[:-1]))
         return DraftTree(self, context[-1], self.logits(context[self.session.length :]))
 
     def logits(self, new: Sequence[int]) -> Tensor:
@@ -121,12 +122,6 @@ class ModelDrafter:
     def observe(self, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
         if self._tree is not None:
             self._tree.keep(verdict)
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    length = min(len(one), len(other))
-    return next((i for i in range(length) if one[i] != other[i]), length)
 
 
 class DraftTree:

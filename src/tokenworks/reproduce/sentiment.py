@@ -164,7 +164,7 @@ class Sentiment:
     def read(self, policy: PreTrainedModel, batch: Batch, needs: Needs) -> Pairs:
         """Policy and reference over a batch."""
         found = read_reference(self.reference, batch, needs)
-        return join_pairs(batch, found, read_policy(policy, batch, found[1], needs), needs)
+        return join_pairs(batch, found, read_policy(policy, batch, found, needs), needs)
 
     def train(
         self,
