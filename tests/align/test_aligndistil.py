@@ -88,6 +88,26 @@ def test_ends_of_the_strength() -> None:
     torch.testing.assert_close(half, (0.5 * (log_dpo + log_other)).log_softmax(-1))
 
 
+@pytest.mark.parametrize("mode", ["aligndistil", "contrast", "theorem1", "theorem1_adaptive"])
+def test_implausible_tokens_keep_the_anchors_weight(mode: Mode) -> None:
+    """And the plausible ones go as far as ever: ratios between them are the teacher's."""
+    log_dpo, log_other = (logits(4, 9, seed=s).log_softmax(-1) for s in (1, 2))
+    plain = compose_teacher(log_dpo, log_other, mode, 3.0)
+    found = compose_teacher(log_dpo, log_other, mode, 3.0, plausible=0.2)
+    torch.testing.assert_close(found.alpha, plain.alpha)
+    anchor = log_dpo if mode in ("aligndistil", "contrast") else log_other
+    likely = log_dpo.exp() >= 0.2 * log_dpo.exp().amax(-1, keepdim=True)
+    assert likely.any(1).all()
+    assert not likely.all(1).any()
+    for row, inside in enumerate(likely):
+        for ours, theirs in ((plain.log_probs[row, inside], inside), (anchor[row, ~inside], ~inside)):
+            gap = found.log_probs[row, theirs] - ours
+            torch.testing.assert_close(gap, gap[:1].expand_as(gap), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        compose_teacher(log_dpo, log_other, mode, 3.0, plausible=1e-9).log_probs, plain.log_probs
+    )
+
+
 @pytest.mark.parametrize("mode", [*CONSTANT, "aligndistil", "theorem1_adaptive"])
 def test_the_teacher_is_the_best_policy_at_the_token(mode: Mode) -> None:
     log_dpo, log_other = (logits(6, seed=s, scale=0.7).log_softmax(-1) for s in (1, 2))
@@ -446,6 +466,7 @@ def test_the_trace(tokenizer: PreTrainedTokenizerBase) -> None:
         ({"strength": -1.0}, "strength: -1.0"),
         ({"mode": "contrast", "strength": 0.0}, "strength: 0.0"),
         ({"floor": 0.0}, "floor: 0.0"),
+        ({"plausible": 1.5}, r"plausible: 1.5 is not in \[0, 1\]"),
         ({"log_other": None}, "log_other: mode 'aligndistil' needs the reverse model"),
         ({"log_other": None, "mode": "theorem1"}, "needs the reference"),
         ({"log_other": torch.zeros(2, 6)}, r"log_other: shape \[2, 6\]"),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 from tests.conftest import CONFIGS, tiny_model
 from tokenworks.align.mapo import KINDS, activation_scores
@@ -70,6 +75,37 @@ def test_attention_and_mlp_of_a_gpt2_by_hand() -> None:
         torch.testing.assert_close(found, torch.as_tensor(expected), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox"])
+def test_queries_and_keys_count_as_they_are_and_as_they_are_rotated(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the model's own attention is given."""
+    model = tiny_model(kind)
+    seen: list[Tensor] = []
+
+    def spy(module: nn.Module, query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Any:
+        seen.extend(heads.transpose(1, 2).flatten(2) for heads in (query, key))
+        return sdpa_attention_forward(module, query, key, *rest, **options)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy)
+    handles = []
+    for name, module in model.named_modules():
+        if name.split(".")[-1] in ("q_proj", "k_proj", "v_proj", "query_key_value"):
+            handles.append(module.register_forward_hook(lambda _, __, out: seen.append(out)))
+        if name.split(".")[-1] in ("o_proj", "dense") and "mlp" not in name:
+            handles.append(module.register_forward_pre_hook(lambda _, into: seen.append(into[0])))
+    with torch.no_grad():
+        model(torch.tensor([PROMPT + RESPONSE]))
+    for handle in handles:
+        handle.remove()
+    per_layer = 4 if kind == "gpt_neox" else 6
+    assert len(seen) == per_layer * model.config.num_hidden_layers
+    places = slice(len(PROMPT) - 1, -1)
+    expected = torch.stack([rescaled(site[0, places].mean(-1)) for site in seen]).mean(0)
+    found = activation_scores(model, ["attention"])(PROMPT, RESPONSE)
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_every_architecture_has_sites_of_every_kind(kind: str) -> None:
     model = tiny_model(kind)
@@ -105,12 +141,13 @@ def test_the_mask_sees_the_whole_response_but_not_the_prompt(tiny_llama: PreTrai
 
 def test_one_token_and_equal_tokens_count(tiny_llama: PreTrainedModel) -> None:
     assert activation_scores(tiny_llama)(PROMPT, [4]) == [1]
-    # The same token everywhere: every position attends to equals, and only rounding tells them apart.
-    assert activation_scores(tiny_llama)([9], [9] * 6) == pytest.approx([1] * 6)
+    # The same token everywhere: every position attends to equals, and only rounding and rotation tell them apart.
+    assert activation_scores(tiny_llama, ["mlp", "residual"])([9], [9] * 6) == pytest.approx([1] * 6)
 
 
 def test_hooks_go_with_an_error() -> None:
     model = tiny_model("llama")
+    plain = modeling_llama.apply_rotary_pos_emb
     scores = activation_scores(model)
     with pytest.raises(IndexError):
         scores(PROMPT, [4, 5000])  # no such token
@@ -127,6 +164,7 @@ def test_hooks_go_with_an_error() -> None:
         scores(PROMPT, RESPONSE)
     handle.remove()
     assert hooks(model) == 0
+    assert modeling_llama.apply_rotary_pos_emb is plain
 
 
 def test_misuse() -> None:

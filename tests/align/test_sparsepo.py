@@ -16,7 +16,7 @@ from tests.align.made_up import LAYERS, WIDTH, loss_and_gradients, random_pairs,
 from tests.conftest import tiny_model
 from tokenworks.align.contract import Pairs
 from tokenworks.align.reading import EncodedPair, collate, read_pairs
-from tokenworks.align.sparsepo import SparsePO, SparseTokenMask
+from tokenworks.align.sparsepo import INNER, KINDS, SparsePO, SparseTokenMask
 from tokenworks.align.tdpo import TDPO
 from tokenworks.core.errors import InputError
 
@@ -173,6 +173,46 @@ def test_a_mask_is_the_mix_of_its_heads() -> None:
     assert not mask.mixer.requires_grad
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_by_loops(kind: str) -> None:
+    """Heads of one or two layers on all layers or the last; binary ones say only whether a token counts."""
+    torch.manual_seed(0)
+    mask = SparseTokenMask(LAYERS, WIDTH, dropout=0.0, kind=kind).double()
+    with torch.no_grad():
+        for parameter in mask.parameters():
+            parameter.normal_()
+        if not kind.endswith("_last"):
+            mask.mixer.copy_(torch.tensor([0.8, -0.6, 0.4]))  # of both signs
+    states = torch.randn(30, LAYERS, WIDTH, dtype=torch.float64)
+    last = kind.endswith("_last")
+    heads = []
+    for place, layer in enumerate([LAYERS - 1] if last else range(LAYERS)):
+        used = states[:, layer] if last else mask.norm(states[:, layer])
+        if kind.startswith("ml"):
+            used = used @ mask.inner[place].T + mask.inner_bias[place]  # type: ignore[index]
+        heads.append(torch.relu(used @ mask.weight[place] + mask.bias[place]))
+    mixed = heads[0] if last else torch.relu(sum(v * head for v, head in zip(mask.mixer, heads, strict=True)))
+    binary = kind.startswith("binary")
+    found = mask(states)
+    torch.testing.assert_close(found, torch.sign(mixed) if binary else mixed)
+    assert found.any()
+    (to_weight,) = torch.autograd.grad(found.sum(), mask.weight)
+    assert bool(to_weight.any()) != binary, "a sign passes no gradient on"
+    ones = SparseTokenMask(LAYERS, WIDTH, init="ones", dropout=0.0, kind=kind).double()
+    torch.testing.assert_close(ones(states), torch.ones_like(found))
+
+
+def test_parameters_of_heads_on_the_last_layer() -> None:
+    """d + 1, and nothing to mix or normalise."""
+    sizes = {
+        kind: sum(p.numel() for p in SparseTokenMask(LAYERS, WIDTH, kind=kind).parameters())
+        for kind in ("simple_last", "binary_last", "ml_last")
+    }
+    assert sizes == {
+        "simple_last": WIDTH + 1, "binary_last": WIDTH + 1, "ml_last": INNER * (WIDTH + 1) + INNER + 1,
+    }  # fmt: skip
+
+
 def test_a_learned_mask_is_causal() -> None:
     """Another token, or another one after it, leaves the mask at its place as it is; the next place sees it."""
     reference = tiny_model("llama", seed=1)
@@ -285,6 +325,7 @@ def test_dropout_is_of_training_alone() -> None:
         ({"l1_u": -1.0}, "l1_u: -1.0 is not a number from 0 upwards"),
         ({"init": "zeros"}, "init: no 'zeros'; there are paper, ones"),
         ({"mixer": "max"}, "mixer: no 'max'; there are learned, mean"),
+        ({"kind": "double"}, "kind: no 'double'; there are simple_all, simple_last, ml_all"),
         ({"dropout": 1.0}, r"dropout: 1.0 is not in \[0, 1\)"),
     ],
 )

@@ -167,6 +167,35 @@ def test_a_learned_mask_is_trained_and_kept_beside_the_model(
     torch.testing.assert_close(loaded.lm_head.weight, found.model.lm_head.weight)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("mixer", ["learned", "mean"])
+def test_masks_can_have_settings_of_their_own(
+    mixer: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """With a rate of 0 they stay; decay alone shrinks them by rate x decay a step; a fixed mixer stays anyway."""
+    found = {}
+    for name, changes in {
+        "still": {"method_learning_rate": 0.0},
+        "decayed": {"method_weight_decay": 0.5, "learning_rate": 0.1, "lr_scheduler_type": "constant"},
+        "alike": {},
+    }.items():
+        method = SparsePO("common", 3, 32, beta=1e-9, init="ones", dropout=0.0, mixer=mixer)
+        started = copy.deepcopy(method.state_dict())
+        found[name] = trainer(tokenizer, tmp_path / name, method, optim="sgd", **changes)
+        found[name].train()
+        after = method.state_dict()
+        left = (1 - 0.1 * 0.5) ** 2 if name == "decayed" else 1.0
+        for key in ("mask_u.mixer", "mask_u.norm.weight"):
+            decays = left if key == "mask_u.norm.weight" or mixer == "learned" else 1.0
+            torch.testing.assert_close(after[key], decays * started[key], atol=1e-5, rtol=0)
+    groups = {name: len(each.optimizer.param_groups) for name, each in found.items()}  # type: ignore[union-attr]
+    assert groups["still"] > groups["alike"]
+    sizes = {
+        name: sum(p.numel() for group in each.optimizer.param_groups for p in group["params"])  # type: ignore[union-attr]
+        for name, each in found.items()
+    }
+    assert len(set(sizes.values())) == 1
+
+
 def test_scores_reach_the_method(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """From a scorer and from columns alike; the end of the text has one too."""
 

@@ -18,6 +18,7 @@ teacher itself, without training. The distance d has no factor of a half, as in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -55,11 +56,13 @@ class Taught(NamedTuple):
     beta: Tensor
 
 
-def check_settings(mode: str, strength: float, beta0: float, floor: float = 1e-3) -> None:
+def check_settings(mode: str, strength: float, beta0: float, floor: float = 1e-3, plausible: float = 0.0) -> None:
     """Raise `InputError` for a mode that there is not, or a number out of range."""
     if mode not in MODES:
         raise InputError(f"mode: there is no {mode!r}; choose one of {', '.join(MODES)}")
     check_positive(beta0=beta0, floor=floor)
+    if not 0 <= plausible <= 1:
+        raise InputError(f"plausible: {plausible} is not in [0, 1]")
     if mode in ADAPTIVE:
         check_not_negative(strength=strength)
     elif mode != "gkd":
@@ -74,6 +77,7 @@ def compose_teacher(
     strength: float = 15.0,
     beta0: float = 0.1,
     floor: float = 1e-3,
+    plausible: float = 0.0,
 ) -> Taught:
     """The teacher at every token.
 
@@ -84,11 +88,14 @@ def compose_teacher(
         strength: c of alpha = c d + floor, or k itself; the authors take 15 on-policy and 10 off.
         beta0: above 0, of the DPO that the models were trained with.
         floor: above 0; keeps beta finite where the models agree.
+        plausible: in [0, 1]. Tokens that the DPO model holds less likely than this times its likeliest one keep
+            their weight from the anchor: far in the tail the models' differences are noise, and are large. (Not
+            the paper's; 0 leaves it out.)
 
     Raises:
         InputError: a number out of range, shapes that differ, or no other model where one is needed.
     """
-    check_settings(mode, strength, beta0, floor)
+    check_settings(mode, strength, beta0, floor, plausible)
     log_p = torch.log_softmax(log_dpo.float(), -1)
     if mode == "gkd":
         alpha = torch.ones_like(log_p[..., 0])
@@ -104,6 +111,8 @@ def compose_teacher(
     if mode in ADAPTIVE:
         alpha = strength * distance(log_p, log_q) + floor
     along = log_p.sub(log_q).mul_(alpha[..., None])  # the difference, alpha times
+    if plausible:
+        along[log_p < log_p.amax(-1, keepdim=True) + math.log(plausible)] = 0
     teacher = along.add_(log_p if mode in CONTRASTIVE else log_q)
     return Taught(torch.log_softmax(teacher, -1), alpha, beta0 / alpha)
 
@@ -128,10 +137,12 @@ class Composed:
         mode: Mode,
         strength: float,
         beta0: float,
+        plausible: float = 0.0,
     ) -> None:
-        check_settings(mode, strength, beta0)
+        check_settings(mode, strength, beta0, plausible=plausible)
         self._models = (dpo, other)
         self._settings = (mode, strength, beta0)
+        self._plausible = plausible
         self.alpha = torch.zeros(len(dpo[1]), device=dpo[1].device)
         self.beta = torch.zeros_like(self.alpha)
 
@@ -139,7 +150,7 @@ class Composed:
     def __call__(self, part: slice) -> Tensor:
         log_dpo, log_other = (own and own[0].log_probs(own[1][part]) for own in self._models)
         assert log_dpo is not None
-        found = compose_teacher(log_dpo, log_other, *self._settings)
+        found = compose_teacher(log_dpo, log_other, *self._settings, plausible=self._plausible)
         self.alpha[part], self.beta[part] = found.alpha, found.beta
         return found.log_probs
 

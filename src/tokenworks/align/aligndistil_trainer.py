@@ -48,17 +48,19 @@ class AlignDistilConfig(DistillationConfig):
         mode: see `align.aligndistil.Mode`.
         strength: c or k; the authors take 15 on-policy and 10 off-policy for mode "aligndistil".
         beta0: the beta of the DPO that the models were trained with.
+        plausible: see `align.aligndistil.compose_teacher`.
         on_policy: learn from what the policy writes; otherwise from the "chosen" column.
     """
 
     mode: Mode = "aligndistil"
     strength: float = 15.0
     beta0: float = 0.1
+    plausible: float = 0.0
     on_policy: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self.mode, self.strength, self.beta0)
+        check_settings(self.mode, self.strength, self.beta0, plausible=self.plausible)
         for name in ("beta", "temperature"):
             if getattr(self, name) != 1:
                 raise InputError(f"{name}: {getattr(self, name)}; AlignDistil's loss has it at 1. Leave it out")
@@ -174,7 +176,7 @@ class AlignDistilTrainer(DistillationTrainer):
         teacher = Composed(
             self._frozen(self.teacher_model, read, mask),
             None if self.other_model is None else self._frozen(self.other_model, read, mask),
-            self.args.mode, self.args.strength, self.args.beta0,
+            self.args.mode, self.args.strength, self.args.beta0, self.args.plausible,
         )  # fmt: skip
         terms = vocabulary_terms(
             Head.of(unwrapped_student), hidden, inputs["completion_ids"][mask], teacher, "reverse"

@@ -4,15 +4,17 @@ Of every site in the network the mean over its channels is rescaled over the res
 within their kind, and the kinds with each other. (The paper also takes z-scores before it rescales, which the
 rescaling undoes.) The mask is dense, and looks at the whole response: it is data, not a prediction.
 
-The authors' sites are here but for the rotated queries and keys, which no module of Transformers gives out.
+Queries and keys are looked at before and after they are rotated.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +45,9 @@ looked at, or with "<" what goes into them: what the last projection of attentio
 between the halves of a layer."""
 
 MAPPINGS = ("rescale", "sigmoid")
+
+ROTATE = "apply_rotary_pos_emb"
+"""What rotates queries and keys [1, heads, S, channels], in the file of every model that does."""
 
 
 def activation_scores(
@@ -86,7 +91,8 @@ def activation_scores(
             rows = value.reshape(ids.shape[1], -1)[places].float()
             maps[kind].append(_rescaled(rows) if mapping == "rescale" else rows.sigmoid().mean(-1))
 
-        with _watching(sites, see):
+        rotation = _rotating(reference.base_model, partial(see, "attention"))
+        with _watching(sites, see), rotation if "attention" in kinds else nullcontext():
             reference.base_model(input_ids=ids, use_cache=False)
         mask: list[float] = torch.stack([torch.stack(maps[kind]).mean(0) for kind in kinds]).mean(0).tolist()
         return mask
@@ -138,3 +144,29 @@ def _watching(sites: dict[str, list[Site]], see: Callable[[str, Tensor], None]) 
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _rotating(model: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Hand rotated queries and keys [1, S, heads, channels] to `see` until the context ends.
+
+    No module gives them out, but a function in the model's own file does. A model without it shows nothing.
+    """
+    home = sys.modules[type(model).__module__]
+    if not hasattr(home, ROTATE):
+        yield
+        return
+    plain = getattr(home, ROTATE)
+
+    def rotate(*args: Any, **options: Any) -> Any:
+        rotated = plain(*args, **options)
+        if isinstance(rotated, tuple):
+            for heads in rotated:
+                see(heads.transpose(1, 2))
+        return rotated
+
+    setattr(home, ROTATE, rotate)
+    try:
+        yield
+    finally:
+        setattr(home, ROTATE, plain)

@@ -14,7 +14,6 @@ tokens drop out entirely), or given by the data's scores: those of the reference
 from __future__ import annotations
 
 import warnings
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +31,12 @@ from tokenworks.align.contract import (
 from tokenworks.core.errors import InputError
 
 MASKS = ("common", "independent", "scores")
+KINDS = ("simple_all", "simple_last", "ml_all", "ml_last", "binary_all", "binary_last")
 INITS = ("paper", "ones")
 MIXERS = ("learned", "mean")
+
+INNER = 200
+"""Units between the two layers of a head of kind "ml"; there is no function between the layers."""
 
 
 class SparseTokenMask(nn.Module):
@@ -46,41 +49,67 @@ class SparseTokenMask(nn.Module):
             m = 1 everywhere, that is, with TDPO1.
         dropout: of both ReLUs' results.
         mixer: "learned" is v of the authors' code; "mean" takes the mean over layers, v = 1/L, and cannot be dead.
+        kind: "simple_all" as above. "..._last" has one head, on the last layer's states as they are, and no
+            mixer. "ml_..." has heads of two layers. "binary_..." takes the sign of the result: an ablation, whose
+            mask passes no gradient on and stays what it began as.
 
     Raises:
-        InputError: no such beginning or mixer, or a number out of range.
+        InputError: no such beginning, mixer or kind, or a number out of range.
     """
 
     def __init__(
-        self, layers: int, hidden_size: int, init: str = "paper", dropout: float = 0.01, mixer: str = "learned"
+        self,
+        layers: int,
+        hidden_size: int,
+        init: str = "paper",
+        dropout: float = 0.01,
+        mixer: str = "learned",
+        kind: str = "simple_all",
     ) -> None:
         super().__init__()
         if layers < 1 or hidden_size < 1:
             raise InputError(
                 "layers, hidden_size: a learned mask needs the reference's; take them from its config"
             )
-        for name, value, known in (("init", init, INITS), ("mixer", mixer, MIXERS)):
+        for name, value, known in (("init", init, INITS), ("mixer", mixer, MIXERS), ("kind", kind, KINDS)):
             if value not in known:
                 raise InputError(f"{name}: no {value!r}; there are {', '.join(known)}")
         if not 0 <= dropout < 1:
             raise InputError(f"dropout: {dropout} is not in [0, 1)")
-        self.norm = nn.LayerNorm(hidden_size)
-        self.weight = nn.Parameter(torch.empty(layers, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(layers))
-        self.mixer = nn.Parameter(torch.full((layers,), 1 / layers), requires_grad=mixer == "learned")
+        self.binary, self.last = kind.startswith("binary"), kind.endswith("_last")
+        heads, width = 1 if self.last else layers, hidden_size
+        self.norm = nn.Identity() if self.last else nn.LayerNorm(hidden_size)
+        self.inner = None
+        if kind.startswith("ml"):
+            self.inner, width = nn.Parameter(torch.empty(heads, INNER, hidden_size)), INNER
+            self.inner_bias = nn.Parameter(torch.zeros(heads, INNER))
+            nn.init.normal_(self.inner, std=0.02)
+        self.weight = nn.Parameter(torch.empty(heads, width))
+        self.bias = nn.Parameter(torch.zeros(heads))
+        self.mixer: Tensor
+        mixed, mix = mixer == "learned" and not self.last, torch.full((heads,), 1 / heads)
+        if mixed:
+            self.mixer = nn.Parameter(mix)
+        else:
+            self.register_buffer("mixer", mix)  # whoever thaws the method's parameters leaves it alone
         self.dropout = nn.Dropout(dropout)
         if init == "ones":
             nn.init.zeros_(self.weight)
             nn.init.ones_(self.bias)
         else:
             nn.init.normal_(self.weight, std=0.02)
-            if mixer == "learned":
+            if mixed:
                 nn.init.normal_(self.mixer, std=0.02)
 
     def forward(self, states: Tensor) -> Tensor:
         """Float [...], 0 or more, of states [..., L, d]."""
-        heads = torch.relu((self.norm(states.to(self.weight.dtype)) * self.weight).sum(-1) + self.bias)
-        return cast(Tensor, self.dropout(torch.relu(self.dropout(heads) @ self.mixer)))
+        used = self.norm((states[..., -1:, :] if self.last else states).to(self.weight.dtype))
+        if self.inner is not None:
+            used = self.dropout(torch.einsum("...ld,lid->...li", used, self.inner) + self.inner_bias)
+        heads = torch.relu((used * self.weight).sum(-1) + self.bias)
+        mask = heads[..., 0] if self.last else torch.relu(self.dropout(heads) @ self.mixer)
+        mask = self.dropout(mask)
+        return torch.sign(mask) if self.binary else mask
 
 
 class SparsePO(nn.Module):
@@ -91,8 +120,9 @@ class SparsePO(nn.Module):
             data.
         layers, hidden_size: of the reference, for learned masks.
         beta: above 0.
-        l1_u, l1_d: lambda_u and lambda_d, from 0 upwards; sums over a pair's tokens are penalised, not means.
-        init, dropout, mixer: of learned masks (`SparseTokenMask`).
+        l1_u, l1_d: lambda_u and lambda_d, from 0 upwards; sums over a pair's tokens are penalised, not means. A
+            common mask pays both (the authors' code halves them then).
+        init, dropout, mixer, kind: of learned masks (`SparseTokenMask`).
 
     Raises:
         InputError: a number out of range, no such mask, or learned masks without the reference's shape.
@@ -109,6 +139,7 @@ class SparsePO(nn.Module):
         init: str = "paper",
         dropout: float = 0.01,
         mixer: str = "learned",
+        kind: str = "simple_all",
     ) -> None:
         super().__init__()
         check_positive(beta=beta)
@@ -122,7 +153,7 @@ class SparsePO(nn.Module):
             scores="" if learned else "masks, from 0 upwards (such as align.mapo.activation_scores)",
             states=learned,
         )
-        shape = (layers, hidden_size, init, dropout, mixer)
+        shape = (layers, hidden_size, init, dropout, mixer, kind)
         self.mask_u = SparseTokenMask(*shape) if learned else None
         self.mask_d = SparseTokenMask(*shape) if mask == "independent" else None
 

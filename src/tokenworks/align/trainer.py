@@ -62,9 +62,13 @@ class TokenPreferenceConfig(DPOConfig):
     Args:
         keep_truncated: train also on pairs of which `max_length` cuts a response off. A cut response has no end,
             and by default such data is refused.
+        method_learning_rate, method_weight_decay: of a method's own parameters, such as SparsePO's masks; None
+            for those of the model.
     """
 
     keep_truncated: bool = False
+    method_learning_rate: float | None = None
+    method_weight_decay: float | None = None
 
 
 class TokenPreferenceTrainer(DPOTrainer):
@@ -116,6 +120,21 @@ class TokenPreferenceTrainer(DPOTrainer):
             self.eval_dataset = self._checked(self.eval_dataset, scorer)
         if isinstance(self.data_collator, DataCollatorForPreference):
             self.data_collator = _WithScores(self.data_collator, bool(method.needs.scores))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """TRL's, with the method's parameters in a group of their own where they have settings of their own."""
+        fresh = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        own = {"lr": self.args.method_learning_rate, "weight_decay": self.args.method_weight_decay}
+        own = {name: value for name, value in own.items() if value is not None}
+        if fresh and own and isinstance(self.method, nn.Module):
+            ids = {id(parameter) for parameter in self.method.parameters()}
+            for group in list(optimizer.param_groups):
+                theirs = [p for p in group["params"] if id(p) in ids]
+                group["params"] = [p for p in group["params"] if id(p) not in ids]
+                if theirs:
+                    optimizer.add_param_group({"params": theirs, "weight_decay": group["weight_decay"]} | own)
+        return optimizer
 
     def _bare(self, model: Any) -> Any:
         own = self.accelerator.unwrap_model(model)
