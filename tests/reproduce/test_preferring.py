@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from tests.align.made_up import LAYERS, WIDTH, random_pairs
 from tests.reproduce.test_weighing import Made, policy
+from tokenworks.align.sparsepo import SparsePO
 from tokenworks.reproduce import sparsepo, tdpo, tgdpo
 from tokenworks.reproduce.preferring import frontier, row
 from tokenworks.reproduce.result import CONFIRMED, NOT_CONFIRMED, REFUTED, Figure
@@ -68,6 +71,22 @@ def test_sparsepo() -> None:
         about = sparsepo._about_masks(found[sparsepo.INDEPENDENT], words)
         assert about["zeros"] == f"{sum(number == 0 for number in mask) / 3:.1%}"
         assert set(sparsepo._about_masks(found[sparsepo.TDPO1], words)) == set(about)
+
+
+def test_permuted_masks_have_the_same_numbers() -> None:
+    """In another order within each response, without a gradient."""
+    torch.manual_seed(0)
+    pairs = random_pairs()
+    learned = SparsePO("independent", LAYERS, WIDTH, init="ones").double()
+    for mask in (learned.mask_u, learned.mask_d):
+        torch.nn.init.normal_(mask.weight)  # type: ignore[union-attr, arg-type]
+    permuted = sparsepo.Permuted(learned, 0)
+    assert not [parameter for parameter in permuted.parameters() if parameter.requires_grad]
+    for ours, theirs in zip(permuted.masks(pairs), learned.eval().masks(pairs), strict=True):
+        assert not torch.equal(ours, theirs)
+        for one, other, inside in zip(ours, theirs, pairs.mask, strict=True):
+            torch.testing.assert_close(one[inside].sort().values, other[inside].sort().values)
+            assert not one[~inside].any()
 
 
 def test_rows_and_plots() -> None:

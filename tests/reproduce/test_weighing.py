@@ -89,6 +89,10 @@ def test_words_are_found_or_not() -> None:
     positive = [[True, False, False], [False, True, False]]
     assert word_auc([[3, 1, 2], [0, 9, 1]], positive).value == 1
     assert word_auc([[1, 1, 1], [1, 1, 1]], positive).value == 0.5
+    # A second seed that is wrong about every response, and scores that are taken off.
+    both = word_auc([[3, 1, 2], [0, 9, 1], [1, 3, 2], [9, 0, 1]], positive)
+    assert both.low <= both.value < 1
+    assert word_auc([[3, 1, 2], [0, 9, 1]], positive, [[1, 1, 1], [1, 1, 1]]).value == 0.5
 
 
 def test_scores_are_computed_once_and_stand_at_their_tokens() -> None:

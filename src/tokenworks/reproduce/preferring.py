@@ -120,19 +120,29 @@ def valences(bench: Sentiment, ids: Sequence[int]) -> list[float]:
     return found
 
 
-def word_auc(scores: Sequence[Sequence[float]], positive: Sequence[Sequence[bool]]) -> Interval:
+def word_auc(
+    scores: Sequence[Sequence[float]],
+    positive: Sequence[Sequence[bool]],
+    less: Sequence[Sequence[float]] | None = None,
+) -> Interval:
     """The chance that a token of a positive word scores above another; resampling responses.
 
     Args:
-        scores, positive: of each response, one value a token.
+        scores: of each response, one value a token; those of several seeds one after the other.
+        positive: of each response, one value a token.
+        less: other scores, whose chance is taken off.
     """
-    numbers = [np.array(each, dtype=float) for each in scores]
+    sides = [[np.array(each, dtype=float) for each in side] for side in (scores, less) if side is not None]
     flags: list[NDArray[np.bool_]] = [np.array(each, dtype=bool) for each in positive]
 
     def chance(items: Indices) -> float:
-        return auc(np.concatenate([numbers[i] for i in items]), np.concatenate([flags[i] for i in items]))
+        # A response comes with what every seed said of it.
+        rows = [row for item in items for row in range(item, len(scores), len(flags))]
+        right = np.concatenate([flags[row % len(flags)] for row in rows])
+        first, *other = (auc(np.concatenate([side[row] for row in rows]), right) for side in sides)
+        return first - sum(other)
 
-    return bootstrap(chance, len(numbers), draws=1000)
+    return bootstrap(chance, len(flags), draws=1000)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------

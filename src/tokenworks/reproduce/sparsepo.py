@@ -2,9 +2,10 @@
 
 The paper weighs reward and divergence of each token by sparse masks, and reports better preferred texts than DPO
 and TDPO on sentiment, summaries and dialogue. Here, on the preference harness (`reproduce.sentiment`): DPO,
-TDPO1, MaPO's masks of activations, learned masks (one for both terms, or one for each), and random masks. The
-heads see the reference's states after the six layers that are trained. VADER's lexicon says which tokens carry
-the reward, so that a mask can be asked whether it found them.
+TDPO1, MaPO's masks of activations, learned masks (one for both terms, or one for each), random masks, and the
+learned masks in another order within each response, which have their mean and their zeros. The heads see the
+reference's states after the six layers that are trained. VADER's lexicon says which tokens carry the reward, so
+that a mask can be asked whether it found them.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tokenworks.align.contract import PreferenceMethod
+from tokenworks.align.contract import Pairs, PreferenceMethod
 from tokenworks.align.dpo import DPO
 from tokenworks.align.mapo import activation_scores
 from tokenworks.align.reading import Batch
@@ -55,8 +57,9 @@ VALENCE = 1.0
 """From which a word counts as one that carries sentiment, of 4."""
 
 DPO_, TDPO1, INDEPENDENT = "DPO", "TDPO1", "SparsePO, independent"
-COMMON, ONES, MAPO, RANDOM = "SparsePO, common", "SparsePO, from ones", "MaPO", "random masks"
-SEEDED = (DPO_, TDPO1, INDEPENDENT, RANDOM)
+COMMON, ONES, MAPO = "SparsePO, common", "SparsePO, from ones", "MaPO"
+RANDOM, PERMUTED = "random masks", "permuted masks"
+SEEDED = (DPO_, TDPO1, INDEPENDENT, PERMUTED, RANDOM)
 ONCE = (COMMON, ONES, MAPO)
 """Run with the first seed alone."""
 
@@ -119,6 +122,7 @@ class _Measuring:
         self.activations = Remembered(lambda batch: _of_rows(batch, scorer))
         sides = [pair.pair.chosen for pair in texts.pairs], [pair.pair.rejected for pair in texts.pairs]
         self.values = [valences(bench, ids) for side in sides for ids in side]
+        self._learned: dict[int, SparsePO] = {}
 
     def piece(self, name: str, seed: int) -> Piece:
         """What a method learned, and the masks it learned with: of the held-out pairs, chosen responses first."""
@@ -134,6 +138,8 @@ class _Measuring:
             policy = self.bench.train(method, self.epochs, seed, score)
         found: Piece = {"seen": self.texts.read(policy), "dead draws": draw}
         if isinstance(method, SparsePO):
+            if name == INDEPENDENT:
+                self._learned[seed] = method
             masks = self._masks(method, score)
             found["mask"] = masks[0]
             moved, size = 0.0, 0.0
@@ -158,6 +164,10 @@ class _Measuring:
             return SparsePO("independent", *shape, BETA, init="ones"), None
         if name in LEARNED:
             return SparsePO(name.split(", ")[1], *shape, SPARSE_BETA), None
+        if name == PERMUTED:
+            if seed not in self._learned:
+                self.piece(INDEPENDENT, seed)
+            return Permuted(self._learned[seed], seed), None
         # Half the weight on average, as uniform numbers have it, and MaPO about the same.
         score = self.activations if name == MAPO else Remembered(_uniform(seed))
         return SparsePO("scores", beta=2 * BETA), score
@@ -179,6 +189,24 @@ class _Measuring:
                 for side, half in enumerate((rows[: len(rows) // 2], rows[len(rows) // 2 :])):
                     sides[place][side] += half
         return [chosen + rejected for chosen, rejected in sides]
+
+
+class Permuted(SparsePO):
+    """The masks that another run has learned, each response's in another order."""
+
+    def __init__(self, learned: SparsePO, seed: int) -> None:
+        super().__init__("scores", beta=learned.beta)
+        self.learned = copy.deepcopy(learned).requires_grad_(False).eval()
+        self.needs = learned.needs
+        self._random = torch.Generator().manual_seed(seed)
+
+    def masks(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        m_u, m_d = (mask.clone() for mask in self.learned.masks(pairs))
+        for place, inside in enumerate(pairs.mask):
+            for mask in (m_u, m_d):
+                own = mask[place, inside]
+                mask[place, inside] = own[torch.randperm(len(own), generator=self._random)]
+        return m_u, m_d
 
 
 def _alive(masks: list[list[float]]) -> bool:
@@ -212,7 +240,7 @@ def _about_masks(pieces: list[Piece], words: list[list[bool]]) -> dict[str, Any]
         "mean mask": f"{sum(flat) / len(flat):.3f}",
         "zeros": f"{sum(number == 0 for number in flat) / len(flat):.1%}",
         "moved": f"{sum(piece['moved'] for piece in pieces) / len(pieces):.1%}",
-        "AUC of words": str(word_auc(masks, words * len(pieces))),
+        "AUC of words": str(word_auc(masks, words)),
     }
 
 
@@ -220,11 +248,13 @@ def _figures(
     texts: HeldOut, found: dict[str, list[Piece]], seen: dict[str, list[Seen]], words: list[list[bool]]
 ) -> list[Figure]:
     """Thresholds are the dossier's, fixed before anything was run: no less reward than TDPO1 at no more
-    divergence, an AUC above 0.6, and masks with zeros."""
+    divergence, an AUC above 0.6 and above that of the same masks permuted, and masks with zeros."""
     ours = found[INDEPENDENT]
     matched = matched_divergence(texts, seen[INDEPENDENT], seen[TDPO1])
     masks = [mask for piece in ours for mask in piece["mask"]]
-    known = word_auc(masks, words * len(ours))
+    known = word_auc(masks, words)
+    rng = np.random.default_rng(0)
+    beside = word_auc(masks, words, [rng.permutation(mask).tolist() for mask in masks])
     flat = [number for mask in masks for number in mask]
     zeros = sum(number == 0 for number in flat) / len(flat)
     figures = [
@@ -238,10 +268,13 @@ def _figures(
             ours=known.value, baseline=0.5, baseline_name="chance", headline=True,
             paper="weights meaningful for the task",
         ),
+        figure("The same, less that of the mask permuted within each response", "AUC", beside, 0.0, 0.0,
+               ours=known.value, baseline=known.value - beside.value, baseline_name="permuted", headline=True),
         figure("Tokens that the learned reward mask leaves out", "share", exact(zeros), 0.01, 0.01, ours=zeros,
                headline=True, paper="sparse"),
     ]  # fmt: skip
     for name, theirs in (
+        (INDEPENDENT, PERMUTED),
         (INDEPENDENT, RANDOM),
         (INDEPENDENT, DPO_),
         (MAPO, TDPO1),
@@ -255,7 +288,7 @@ def _figures(
                    ours=gained.value, baseline=1.0, baseline_name=theirs)
         )  # fmt: skip
     for name in (MAPO, RANDOM):
-        of_words = word_auc([mask for piece in found[name] for mask in piece["mask"]], words * len(found[name]))
+        of_words = word_auc([mask for piece in found[name] for mask in piece["mask"]], words)
         figures.append(
             figure(f"Mask of words with a value against other tokens: {name}", "AUC", of_words, 0.6, 0.5,
                    ours=of_words.value, baseline=0.5, baseline_name="chance")

@@ -220,7 +220,7 @@ def _figures(texts: HeldOut, found: dict[str, list[Seen]], guides: list[Piece]) 
                ours=matched.value, baseline=1.0, baseline_name=DPO_, headline=True)
     )  # fmt: skip
     scores = [row for guide in guides for row in guide["rewards"]]
-    known = word_auc(scores, [row for guide in guides for row in guide["right"]])
+    known = word_auc(scores, guides[0]["right"])
     figures.append(
         figure("Guide's reward of lexicon words of the right sign against other tokens", "AUC", known, 0.5, 0.5,
                ours=known.value, baseline=0.5, baseline_name="chance")
