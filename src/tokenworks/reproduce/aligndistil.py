@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 
 from tokenworks.core.measure import Indices, Interval, bootstrap, mean_interval
 from tokenworks.reproduce import Run
-from tokenworks.reproduce.distilling import BETA0, EVERY, Measured, Setting, Study
+from tokenworks.reproduce.distilling import BETA0, EVERY, Setting, Study
 from tokenworks.reproduce.ledger import Ledger
 from tokenworks.reproduce.preferring import word_auc
 from tokenworks.reproduce.result import Figure, Result, figure, line
 from tokenworks.reproduce.sentiment import LEARNING_RATE, MODEL, NEW_TOKENS, PAIRS, SAMPLES
+from tokenworks.reproduce.writing import Measured
 
 ADAPTIVE = "adaptive c=10"
 """The authors' setting for given responses, and the one that is judged."""

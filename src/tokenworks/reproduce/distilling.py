@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tokenworks.align.aligndistil import (
@@ -21,20 +18,17 @@ from tokenworks.align.aligndistil import (
     distil_loss,
     distil_trace,
 )
-from tokenworks.align.data import continue_texts, openings
-from tokenworks.align.reading import Batch
+from tokenworks.align.data import openings
 from tokenworks.align.vocabulary import Head, vocabulary_terms
 from tokenworks.core.training import fit
 from tokenworks.reproduce.preferring import valences
-from tokenworks.reproduce.sentiment import LEARNING_RATE, NEW_TOKENS, PAIRS, SAMPLES, Sentiment
+from tokenworks.reproduce.sentiment import LEARNING_RATE, PAIRS, Encoded, Sentiment
+from tokenworks.reproduce.writing import Measured, Written, collate_texts, measure, states, write
 
 BETA0 = 0.1
 
 EVERY = 3
 """Steps between the points of a learning curve."""
-
-Measured = dict[str, list[float]]
-"""By name ("reward", "kl", "distinct", "tokens") one number for each held-out opening."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +82,7 @@ class Study:
         self, setting: Setting, seed: int, watch: Callable[[PreTrainedModel], None] | None = None
     ) -> PreTrainedModel:
         """The last layers, begun as the reference's and taught; `watch` is shown them every `EVERY` steps."""
-        policy = copy.deepcopy(self.bench.reference)
-        policy.lm_head, policy.model.embed_tokens = (
-            self.bench.reference.lm_head,
-            self.bench.reference.model.embed_tokens,
-        )
-        trained = nn.ModuleList([policy.model.layers, policy.model.norm]).requires_grad_(True)
+        policy, trained = self.bench.begin()
         pairs = self.bench.train_pairs
         order = random.Random(1000 * seed).sample(range(len(pairs)), len(pairs))
         frozen = [self.dpo(seed), self.other(setting.mode, seed)]
@@ -103,17 +92,17 @@ class Study:
                 watch(policy)
             rows = order[step * PAIRS : (step + 1) * PAIRS] or order[:PAIRS]
             if setting.on_policy:
-                written = self._write(policy, [openings("train")[row] for row in rows], 7919 * seed + step)
-                batch = self._batch(written)
+                prompts = [openings("train")[row] for row in rows]
+                batch = collate_texts(write(self.bench, policy, prompts, 7919 * seed + step))
             else:
-                chosen = [(e.pair.prompt, e.pair.chosen, e.trunk[0]) for e in (pairs[row] for row in rows)]
-                batch = self._batch(chosen)
-            read = [(Head.of(model), states(model, batch)) for model in frozen]
+                batch = collate_texts([_chosen(pairs[row]) for row in rows])
+            with torch.no_grad():
+                read = [(Head.of(model), states(model, batch)) for model in frozen]
             teacher: Any = Composed(read[0], read[1], setting.mode, setting.strength, BETA0, setting.plausible)
             if setting.shuffled:
                 teacher = Shuffled(read[0], read[1], setting.strength, batch.mask, seed * 1000 + step)
-            hidden = policy.model(**batch.inputs, use_cache=False).last_hidden_state[:, :-1][batch.mask]
-            terms = vocabulary_terms(Head.of(policy), hidden, batch.labels[batch.mask], teacher, "reverse")
+            labels = batch.labels[batch.mask]
+            terms = vocabulary_terms(Head.of(policy), states(policy, batch), labels, teacher, "reverse")
             # The gradient of the divergence, estimated at the token that was drawn.
             drawn = (terms.log_p - terms.teacher_log_p).detach() * terms.log_p
             divergence, beta = (
@@ -133,73 +122,19 @@ class Study:
         self.distil(setting, seed, lambda policy: found.append(self.measure(policy, seed)["reward"]))
         return found
 
-    def _write(
-        self, policy: PreTrainedModel, prompts: Sequence[str], seed: int
-    ) -> list[tuple[list[int], list[int], Tensor]]:
-        """Prompt, continuation, and what the trunk makes of both."""
-        whole = self.bench.whole(policy)
-        texts = continue_texts(whole, self.bench.tokenizer, prompts, NEW_TOKENS, seed, batch=len(prompts))
-        begins = [list(self.bench.tokenizer(prompt)["input_ids"]) for prompt in prompts]
-        trunks = self.bench.trunks([[*begin, *ids] for begin, ids in zip(begins, texts, strict=True)])
-        return list(zip(begins, texts, trunks, strict=True))
-
-    def _batch(self, texts: Sequence[tuple[list[int], list[int], Tensor]]) -> Batch:
-        longest = max(len(begin) + len(ids) for begin, ids, _ in texts)
-        ids = torch.zeros(len(texts), longest, dtype=torch.long)
-        attention = torch.zeros_like(ids)
-        embeds = torch.zeros(len(texts), longest, texts[0][2].shape[1])
-        mask = torch.zeros(len(texts), longest, dtype=torch.bool)
-        for row, (begin, response, trunk) in enumerate(texts):
-            end = len(begin) + len(response)
-            ids[row, :end] = torch.tensor([*begin, *response])
-            attention[row, :end] = 1
-            embeds[row, :end] = trunk
-            mask[row, len(begin) : end] = True
-        return Batch(ids, attention, mask[:, 1:], None, embeds)
-
     # --- measuring ------------------------------------------------------------------------------------------
 
     def measure(self, policy: PreTrainedModel, seed: int) -> Measured:
         """What the policy writes for the held-out openings."""
-        return self._judge(self._write(policy, self.prompts * SAMPLES, 100 * seed), policy)
+        return measure(self.bench, policy, self.prompts, seed)
 
     def decode(self, seed: int) -> Measured:
         """The same for the teacher itself, written without training; its divergence is not measured."""
         dpo, reverse = (self.bench.whole(model) for model in (self.dpo(seed), self.reverse(seed)))
         pad = self.bench.tokenizer.eos_token_id
         processor = AlignDistilLogitsProcessor(dpo, reverse, "aligndistil", 10, BETA0, pad)
-        writer: Any = _Writer(self.bench.model, processor)
-        prompts = self.prompts * SAMPLES
-        texts = continue_texts(writer, self.bench.tokenizer, prompts, NEW_TOKENS, 100 * seed, batch=len(prompts))
-        return self._judge([([], ids, torch.empty(0)) for ids in texts], None)
-
-    def _judge(
-        self, written: list[tuple[list[int], list[int], Tensor]], policy: PreTrainedModel | None
-    ) -> Measured:
-        kl = [float("nan")] * len(written)
-        if policy is not None:
-            kl = [number for start in range(0, len(written), PAIRS)
-                  for number in self._kl(policy, written[start : start + PAIRS])]  # fmt: skip
-        found: Measured = {name: [] for name in ("reward", "kl", "distinct", "tokens")}
-        for place in range(len(self.prompts)):
-            rows = range(place, len(written), len(self.prompts))
-            texts = [self.bench.text(written[row][1]) for row in rows]
-            grams = [pair for text in texts for pair in pairwise(text.split())]
-            found["reward"].append(float(np.mean([self.bench.reward(text) for text in texts])))
-            found["kl"].append(float(np.mean([kl[row] for row in rows])) if policy is not None else 0.0)
-            found["distinct"].append(len(set(grams)) / max(1, len(grams)))
-            found["tokens"].append(float(np.mean([len(written[row][1]) for row in rows])))
-        return found
-
-    @torch.no_grad()
-    def _kl(self, policy: PreTrainedModel, texts: list[tuple[list[int], list[int], Tensor]]) -> list[float]:
-        """KL(policy || reference) summed over each text."""
-        batch = self._batch(texts)
-        reference = Head.of(self.bench.reference).teacher(states(self.bench.reference, batch))
-        terms = vocabulary_terms(
-            Head.of(policy), states(policy, batch), batch.labels[batch.mask], reference, "reverse"
-        )
-        return torch.zeros(batch.mask.shape).masked_scatter(batch.mask, terms.divergence).sum(1).tolist()
+        writer = _Writer(self.bench.model, processor)
+        return measure(self.bench, self.bench.reference, self.prompts, seed, writer)
 
     @torch.no_grad()
     def alphas(self, seed: int) -> dict[str, Any]:
@@ -208,7 +143,7 @@ class Study:
         models = (self.dpo(seed), self.reverse(seed))
         for start in range(0, len(self.bench.test_pairs), PAIRS):
             pairs = self.bench.test_pairs[start : start + PAIRS]
-            batch = self._batch([(e.pair.prompt, e.pair.chosen, e.trunk[0]) for e in pairs])
+            batch = collate_texts([_chosen(each) for each in pairs])
             dpo, other = ((Head.of(model), states(model, batch)) for model in models)
             teacher = Composed(dpo, other, "aligndistil", 10, BETA0)
             for place in range(0, len(dpo[1]), 128):
@@ -229,11 +164,8 @@ class Study:
         return [trace.to_dict()]
 
 
-@torch.no_grad()
-def states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Of the last layers, from which the response tokens are predicted: float32 [N, d]."""
-    found: Tensor = model.model(**batch.inputs, use_cache=False).last_hidden_state[:, :-1][batch.mask]
-    return found
+def _chosen(pair: Encoded) -> Written:
+    return Written(pair.pair.prompt, pair.pair.chosen, pair.trunk[0])
 
 
 class Shuffled:

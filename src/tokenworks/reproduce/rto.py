@@ -24,13 +24,13 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tokenworks.align.contract import Pairs
-from tokenworks.align.critic import Critic
 from tokenworks.align.dpo import DPO
-from tokenworks.align.rto import dense_rewards, dense_term, gae, policy_loss, value_loss, whiten
+from tokenworks.align.rto import dense_term
 from tokenworks.core.measure import Interval, bootstrap, mean_interval
 from tokenworks.core.training import fit
 from tokenworks.reproduce import Run
 from tokenworks.reproduce.ledger import Ledger
+from tokenworks.reproduce.ppo import BETA1, BETA2, CLIP, Learner, Round, shuffle
 from tokenworks.reproduce.result import Figure, Result, exact, figure, line
 
 NOUNS = ("room", "film", "train", "soup", "song", "road", "hotel", "coat", "boat", "game")
@@ -44,9 +44,6 @@ WORTH = torch.tensor([float(word in GLAD) - float(word in SAD) for word in WORDS
 LONGEST = 24
 TEXTS = 32
 """Written in a round, before one pass over them in two minibatches."""
-
-BETA1, CLIP, BETA2 = 0.05, 0.05, 0.01
-"""The authors' scale of the DPO model's log-ratios, their clamp, and the penalty."""
 
 RATES = {"actor": 1e-3, "critic": 1e-3}
 """The policy's was chosen of three for PPO alone, on a seed that is not measured: it earned most with it."""
@@ -215,11 +212,7 @@ def learn(
     torch.manual_seed(seed)
     count = TEXTS * (2 if "twice" in way else 1)
     actor = copy.deepcopy(reference).requires_grad_(True)
-    critic = Critic(reference.config.hidden_size)
-    optimizers = [
-        torch.optim.AdamW(part.parameters(), own, betas=(0.9, 0.95), weight_decay=0.0)
-        for part, own in ((actor, rate), (critic, RATES["critic"]))
-    ]
+    learner = Learner(actor.parameters(), reference.config.hidden_size, (rate, RATES["critic"]))
     plain = write(reference, 1024, torch.Generator().manual_seed(1)).rewards
     mean, deviation = plain.mean(), plain.std()
     earned = []
@@ -230,38 +223,18 @@ def learn(
             (log_old, _, _), (log_ref, _, states), (log_dpo, _, _) = (
                 read(m, texts) for m in (actor, reference, dpo)
             )
-            old_values = torch.where(texts.mask, critic(states), 0.0)
         ratio = log_dpo - log_ref
         if way == "RTO shuffled":
-            ratio = _shuffle(ratio, texts.mask, generator)
-        rewards = dense_rewards(
-            log_ref + ratio, log_ref, log_old, texts.mask, (texts.rewards - mean) / deviation,
-            BETA1 if way.startswith("RTO") else 0.0, BETA2, dpo_clip=CLIP,
-        )  # fmt: skip
-        advantages, returns = gae(rewards, old_values, texts.mask)
-        advantages = whiten(advantages, texts.mask)
-        for part in torch.randperm(count, generator=generator).chunk(2):
-            mask = texts.mask[part]
-            log_p = read(actor, Written(texts.ids[part], mask))[0]
-            loss = policy_loss(log_p, log_old[part], advantages[part], mask)
-            loss = loss + value_loss(critic(states[part]), old_values[part], returns[part], mask)
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            for own in (actor, critic):
-                torch.nn.utils.clip_grad_norm_(own.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
+            ratio = shuffle(ratio, texts.mask, generator)
+        if not way.startswith("RTO"):
+            ratio = torch.zeros_like(ratio)
+        sentence = (texts.rewards - mean) / deviation
+
+        def again(part: Tensor, texts: Written = texts) -> Tensor:
+            return read(actor, Written(texts.ids[part], texts.mask[part]))[0]
+
+        learner.learn(Round(texts.mask, sentence, log_old, log_ref, ratio, states), again, generator)
     return {"rewards": earned, **judge(actor, reference, seed)}
-
-
-def _shuffle(values: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Each row's tokens permuted among themselves."""
-    found = values.clone()
-    for row, own in enumerate(mask):
-        kept = values[row, own]
-        found[row, own] = kept[torch.randperm(len(kept), generator=generator)]
-    return found
 
 
 @torch.no_grad()

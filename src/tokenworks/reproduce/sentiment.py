@@ -6,7 +6,6 @@ norm are trained, on what the layers below made of the data once. A response is 
 
     bench = Sentiment()
     policy = bench.train(DPO(0.1), epochs=1, seed=0)
-    bench.evaluate(policy, seed=0)           # reward, divergences, entropy, ... on held-out openings
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from tokenworks.align.contract import Needs, Pairs, PreferenceMethod
-from tokenworks.align.data import SentimentPair, continue_texts, first_sentence, openings, sentiment_pairs
+from tokenworks.align.data import SentimentPair, first_sentence, sentiment_pairs
 from tokenworks.align.dpo import DPO
 from tokenworks.align.reading import (
     Batch,
@@ -40,7 +38,6 @@ from tokenworks.align.reading import (
     read_policy,
     read_reference,
 )
-from tokenworks.align.vocabulary import Head
 from tokenworks.core.files import atomic_write, cache_folder
 from tokenworks.core.models import load
 from tokenworks.core.training import fit
@@ -58,9 +55,6 @@ SAMPLES = 4
 """Continuations of each held-out opening, of at most `NEW_TOKENS`."""
 
 NEW_TOKENS = 24
-
-Metrics = dict[str, list[float]]
-"""By name one number for each held-out opening."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +111,6 @@ class Sentiment:
     def test_pairs(self) -> list[Encoded]:
         return self.encode_all(sentiment_pairs("test"))
 
-    def encode(self, pair: SentimentPair) -> Encoded:
-        return self.encode_all([pair])[0]
-
     def encode_all(self, pairs: Sequence[SentimentPair]) -> list[Encoded]:
         found = [encode_pair(self.tokenizer, pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
         sides = [self.trunks([p.prompt + ids for p, ids in zip(found, responses, strict=True)])
@@ -166,6 +157,12 @@ class Sentiment:
         found = read_reference(self.reference, batch, needs)
         return join_pairs(batch, found, read_policy(policy, batch, found, needs), needs)
 
+    def begin(self, start: PreTrainedModel | None = None) -> tuple[PreTrainedModel, nn.ModuleList]:
+        """A policy, begun as the reference or as `start`, and the part of it that is trained."""
+        policy = copy.deepcopy(start or self.reference)
+        policy.lm_head, policy.model.embed_tokens = self.reference.lm_head, self.reference.model.embed_tokens
+        return policy, nn.ModuleList([policy.model.layers, policy.model.norm]).requires_grad_(True)
+
     def train(
         self,
         method: PreferenceMethod,
@@ -186,10 +183,7 @@ class Sentiment:
             watch: called with every step's number and pairs.
         """
         data = list(pairs if pairs is not None else self.train_pairs)
-        policy = copy.deepcopy(start or self.reference)
-        policy.lm_head, policy.model.embed_tokens = self.reference.lm_head, self.reference.model.embed_tokens
-        trained = nn.ModuleList([policy.model.layers, policy.model.norm])
-        trained.requires_grad_(True)
+        policy, trained = self.begin(start)
         if isinstance(method, nn.Module):
             trained.append(method)
         steps = max(1, round(epochs * len(data) / PAIRS))
@@ -244,69 +238,11 @@ class Sentiment:
         own._modules["model"] = inner
         return own
 
-    def write(
-        self, policy: PreTrainedModel, seed: int, prompts: Sequence[str] | None = None
-    ) -> list[list[list[int]]]:
-        """For each held-out opening `SAMPLES` continuations by the policy, as ids."""
-        texts = list(prompts if prompts is not None else openings("test"))
-        whole = self.whole(policy)
-        rounds = [continue_texts(whole, self.tokenizer, texts, NEW_TOKENS, 100 * seed + n) for n in range(SAMPLES)]
-        return [list(written) for written in zip(*rounds, strict=True)]
-
     def text(self, ids: Sequence[int]) -> str:
         """What is judged of a continuation: its first sentence."""
         return first_sentence(str(self.tokenizer.decode(list(ids), skip_special_tokens=True)))
-
-    def evaluate(self, policy: PreTrainedModel, seed: int = 0) -> Metrics:
-        """On the held-out openings, per opening: "reward" of what the policy writes, "kl" (policy to reference)
-        and "reverse_kl" (reference to policy) summed over its texts, "entropy" a token in nats, "distinct"
-        (different pairs of words by all), and per held-out pair its "accuracy"."""
-        found: Metrics = {n: [] for n in ("reward", "kl", "reverse_kl", "entropy", "distinct", "accuracy")}
-        written = self.write(policy, seed)
-        for prompt, texts in zip(openings("test"), written, strict=True):
-            judged = [self.text(ids) for ids in texts]
-            found["reward"].append(sum(map(self.reward, judged)) / len(judged))
-            words = [text.split() for text in judged]
-            grams = [pair for row in words for pair in pairwise(row)]
-            found["distinct"].append(len(set(grams)) / max(1, len(grams)))
-            numbers = [self._divergences(policy, prompt, ids) for ids in texts]
-            for name, column in zip(("kl", "reverse_kl", "entropy"), zip(*numbers, strict=True), strict=True):
-                found[name].append(sum(column) / len(column))
-        found["accuracy"] = self.accuracy(policy)
-        return found
-
-    @torch.inference_mode()
-    def _divergences(self, policy: PreTrainedModel, prompt: str, ids: Sequence[int]) -> tuple[float, float, float]:
-        begin = list(self.tokenizer(prompt)["input_ids"])
-        embeds = self.trunk([*begin, *ids])[None]
-        log_p, log_ref = (
-            Head.of(top).log_probs(
-                top.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[0, len(begin) - 1 : -1]
-            )
-            for top in (policy, self.reference)
-        )
-        p, ref = log_p.exp(), log_ref.exp()
-        return (
-            float((p * (log_p - log_ref)).sum()),
-            float((ref * (log_ref - log_p)).sum()),
-            float(-(p * log_p).sum(-1).mean()),
-        )
-
-    @torch.inference_mode()
-    def accuracy(self, policy: PreTrainedModel) -> list[float]:
-        """For each held-out pair whether DPO's implicit reward prefers the chosen response."""
-        found: list[float] = []
-        for start in range(0, len(self.test_pairs), PAIRS):
-            pairs = self.read(policy, self.collate(self.test_pairs[start : start + PAIRS]), Needs())
-            chosen, rejected = pairs.log_ratio.sum(1).chunk(2)
-            found += (chosen > rejected).float().tolist()
-        return found
 
     def token_rewards(self, policy: PreTrainedModel, batch: Batch) -> Tensor:
         """log(policy / reference) of every response token: float32 [2B, S - 1], without gradient."""
         with torch.no_grad():
             return self.read(policy, batch, Needs()).log_ratio
-
-
-def mean_of(metrics: Metrics, name: str) -> float:
-    return sum(metrics[name]) / len(metrics[name])
