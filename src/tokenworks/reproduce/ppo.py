@@ -1,18 +1,30 @@
-"""One round of PPO with token rewards, as RTO's two experiments run it."""
+"""PPO with token rewards, as RTO's two experiments run it: one round, and how fast a run of them learns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tokenworks.align.critic import Critic
 from tokenworks.align.rto import dense_rewards, gae, policy_loss, value_loss, whiten
+from tokenworks.core.measure import mean_interval
+from tokenworks.reproduce.result import line
 
 BETA1, CLIP, BETA2 = 0.05, 0.05, 0.01
 """The authors' scale of the DPO model's log-ratios, their clamp, and the penalty."""
+
+
+TEXTS = 32
+"""Written in a round, before one pass over them in two minibatches."""
+
+SMOOTH = 5
+"""Rounds whose mean reward stands for what a policy earns."""
 
 
 @dataclass(frozen=True)
@@ -85,3 +97,31 @@ def shuffle(values: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         kept = values[row, own]
         found[row, own] = kept[torch.randperm(len(kept), generator=generator)]
     return found
+
+
+# --- what was earned ------------------------------------------------------------------------------------------
+
+
+def smoothed(rewards: Sequence[float]) -> NDArray[np.float64]:
+    """The mean over `SMOOTH` rounds that end at each."""
+    return np.convolve(rewards, np.ones(SMOOTH) / SMOOTH, "valid")
+
+
+def texts_needed(rewards: Sequence[float], level: float) -> float:
+    """How many texts were written when `level` was first earned; twice all of them if it never was, since to count
+    it as reached at the end would let no way be slower than PPO."""
+    above = np.flatnonzero(smoothed(rewards) >= level)
+    return float((above[0] + SMOOTH if len(above) else 2 * len(rewards)) * TEXTS)
+
+
+def curve(found: Mapping[str, Sequence[dict[str, Any]]], title: str, unit: str) -> dict[str, Any]:
+    """A plot of "rewards" by texts written, each way's mean over seeds."""
+    lines = []
+    for way, runs in found.items():
+        rewards = np.array([smoothed(each["rewards"]) for each in runs])
+        texts = TEXTS * (2 if "twice" in way else 1)
+        places = range(0, rewards.shape[1], max(1, rewards.shape[1] // 20))
+        lines.append(
+            line(way, [(p + SMOOTH) * texts for p in places], [mean_interval(rewards[:, p]) for p in places])
+        )
+    return {"title": title, "x_label": "texts written", "y_label": unit, "lines": lines}
