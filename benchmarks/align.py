@@ -4,7 +4,8 @@
 
 SmolLM2-135M in float32, full fine-tuning with AdamW; PAIRS pairs (4) of TOKENS tokens (128), half of them prompt.
 Every method runs in a process of its own, so that the peak is its own, in turns over ROUNDS rounds (2). A step is
-timed after one that is not. Scores are given, as they are computed once for all epochs.
+timed after one that is not. Scores are given, as they are computed once for all epochs. AlignDistil reads as many
+texts, of which it is given the responses; RTO writes its own, as long ones, and the time for that is in its step.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import resource
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
-METHODS = ("TRL's DPO", "dpo", "tgdpo", "cdpo", "tdpo", "sparsepo")
+METHODS = ("TRL's DPO", "dpo", "tgdpo", "cdpo", "tdpo", "sparsepo", "aligndistil", "rto")
 STEPS = 3
 
 
@@ -29,6 +31,8 @@ def child(name: str, pairs: int, tokens: int) -> None:
     from trl import DPOConfig, DPOTrainer
 
     from tokenworks.align import CDPO, DPO, TDPO, TGDPO, SparsePO, TokenPreferenceConfig, TokenPreferenceTrainer
+    from tokenworks.align.aligndistil_trainer import AlignDistilConfig, AlignDistilTrainer
+    from tokenworks.align.rto_trainer import RTOConfig, RTOTrainer
     from tokenworks.core.models import load
 
     loaded, reference = load("smollm2-135m"), load("smollm2-135m").model
@@ -56,12 +60,30 @@ def child(name: str, pairs: int, tokens: int) -> None:
         "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no",
         "disable_tqdm": True, "logging_strategy": "no",
     }  # fmt: skip
-    common = {
+    common: dict[str, Any] = {
         "train_dataset": Dataset.from_list(rows), "processing_class": loaded.tokenizer, "callbacks": [Clock()],
     }  # fmt: skip
     # The rows are tokenized already: both trainers take them as they are.
     DPOTrainer._prepare_dataset = lambda self, data, *_: data
-    if name == METHODS[0]:
+    trainer: Any
+    if name in ("aligndistil", "rto"):
+        # A token a word, and the end.
+        half = tokens // 2
+        texts = [{"prompt": " the" * half, "chosen": " the" * (half - 1)}] * (2 * pairs * STEPS)
+        common["train_dataset"] = Dataset.from_list(texts)
+        settings |= {"per_device_train_batch_size": 2 * pairs, "max_completion_length": half}
+        other = load("smollm2-135m").model
+        if name == "rto":
+            trainer = RTOTrainer(
+                loaded.model, lambda completions, **_: [float(len(c)) for c in completions], dpo_model=other,
+                ref_model=reference, args=RTOConfig(**settings, steps_per_generation=1), **common,
+            )  # fmt: skip
+        else:
+            trainer = AlignDistilTrainer(
+                loaded.model, reference, reverse_model=other,
+                args=AlignDistilConfig(**settings, on_policy=False), **common,
+            )  # fmt: skip
+    elif name == METHODS[0]:
         trainer = DPOTrainer(loaded.model, reference, args=DPOConfig(**settings), **common)
     else:
         shape = loaded.model.config
