@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -236,25 +238,39 @@ def test_evaluation(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     assert 0 <= numbers["eval_rewards/accuracies"] <= 1
 
 
-def test_two_processes_are_one(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def in_processes(number: int, script: str, *arguments: object) -> None:
+    """Run a script beside this file under torchrun."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}",
+        str(Path(__file__).with_name(script)), *map(str, arguments),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
     """Data parallel on two CPU processes, against one with twice the batch."""
-    script = Path(__file__).with_name("two_processes.py")
     results = []
     for processes in (1, 2):
         out = tmp_path / f"{processes}.json"
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-            str(script), str(tmp_path / str(processes)), str(out), str(4 // processes),
-        ]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr[-2000:]
+        in_processes(processes, "two_processes.py", tmp_path / str(processes), out, 4 // processes)
         results.append(json.loads(out.read_text()))
     one, two = results
     assert two["processes"] == 2
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert two["margins"] == pytest.approx(one["margins"], abs=1e-4)
     assert two["norm"] == pytest.approx(one["norm"], rel=1e-5)
+
+
+def test_sharded_models_are_read_like_whole_ones(tmp_path: Path) -> None:
+    """FSDP on two CPU processes: heads tied or not, weights kept or given back after it."""
+    in_processes(2, "sharded.py", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found) == 4
+    for case in found:
+        assert case["sharded"] == pytest.approx(case["whole"], abs=1e-6)
+        assert case["gap"] < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -272,6 +288,15 @@ def test_two_processes_are_one(tokenizer: PreTrainedTokenizerBase, tmp_path: Pat
 def test_misuse(changes: dict[str, Any], said: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=said):
         trainer(tokenizer, tmp_path, DPO(), **changes)
+
+
+def test_a_head_that_no_process_holds_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = SimpleNamespace(zero_stage=3)
+    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", property(lambda _: plugin))
+    with pytest.raises(InputError, match="deepspeed: ZeRO stage 3 keeps no whole head"):
+        trainer(tokenizer, tmp_path, DPO(0.1))
 
 
 def test_scores_that_do_not_fit(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -193,9 +193,13 @@ class AlignDistilTrainer(DistillationTrainer):
         """Head and states of a frozen model at the response tokens, read through whatever wraps it."""
         model.eval()
         bare = self.accelerator.unwrap_model(model)
+
+        def head_and_states(own: Any, *read: Any) -> tuple[Head, Tensor]:
+            return Head.lasting(own), self._get_last_hidden_state(own, *read)[mask]
+
         with torch.no_grad():
-            states = self._forward_redirection(model, bare, self._get_last_hidden_state, bare, *read)
-        return Head.of(bare), states[mask]
+            found: tuple[Head, Tensor] = self._forward_redirection(model, bare, head_and_states, bare, *read)
+        return found
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         found = super().compute_loss(*arguments, **options)

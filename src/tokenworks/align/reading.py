@@ -135,7 +135,9 @@ def read_reference(reference: Callable[..., Any], batch: Batch, needs: Needs) ->
     kept: list[ReferenceRead] = []
 
     def using(model: nn.Module, found: Any) -> dict[str, Tensor]:
-        head, hidden = Head.of(model), found.last_hidden_state[:, :-1][batch.mask]
+        # A divergence reads the head again in the policy's pass and on the way back.
+        head = Head.lasting(model) if needs.divergence else Head.of(model)
+        hidden = found.last_hidden_state[:, :-1][batch.mask]
         states = None
         if needs.states:
             states = torch.stack([layer[:, :-1][batch.mask] for layer in found.hidden_states[1:]], 1)

@@ -109,6 +109,9 @@ class TokenPreferenceTrainer(DPOTrainer):
         if not isinstance(model, str) and isinstance(method, nn.Module):
             setattr(model, METHOD, method)
         super().__init__(model, ref_model, args=chosen, train_dataset=train_dataset, **options)
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None and plugin.zero_stage == 3:
+            raise InputError("deepspeed: ZeRO stage 3 keeps no whole head on any process; use stage 2, or FSDP")
         self.method = method
         if isinstance(method, nn.Module):
             method.requires_grad_(True)  # LoRA freezes all that it finds

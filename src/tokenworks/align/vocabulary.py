@@ -10,11 +10,12 @@ several of that size. Here they exist for a few hundred tokens at a time, and ar
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from tokenworks.core.errors import UnsupportedModelError
 
@@ -48,6 +49,19 @@ class Head:
         layer = own.get_output_embeddings()
         return cls(
             layer.weight, layer.bias, getattr(own.config.get_text_config(), "final_logit_softcapping", 0) or 0
+        )
+
+    @classmethod
+    def lasting(cls, model: nn.Module) -> Head:
+        """The head, to be used after the model's `forward`, in which this is called, has ended: FSDP then takes a
+        whole weight away again, so that there it is copied."""
+        head = cls.of(model)
+        if not isinstance(model, FSDPModule):
+            return head
+        return replace(
+            head,
+            weight=head.weight.detach().clone(),
+            bias=None if head.bias is None else head.bias.detach().clone(),
         )
 
     def log_probs(self, hidden: Tensor) -> Tensor:
