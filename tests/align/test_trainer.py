@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -290,13 +289,11 @@ def test_misuse(changes: dict[str, Any], said: str, tokenizer: PreTrainedTokeniz
         trainer(tokenizer, tmp_path, DPO(), **changes)
 
 
-def test_a_head_that_no_process_holds_is_refused(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plugin = SimpleNamespace(zero_stage=3)
-    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", property(lambda _: plugin))
+def test_a_head_that_no_process_holds_is_refused(tmp_path: Path) -> None:
+    args: Any = TokenPreferenceConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    args.deepspeed_plugin = SimpleNamespace(zero_stage=3)
     with pytest.raises(InputError, match="deepspeed: ZeRO stage 3 keeps no whole head"):
-        trainer(tokenizer, tmp_path, DPO(0.1))
+        TokenPreferenceTrainer(models()[0], method=DPO(0.1), args=args, train_dataset=data())
 
 
 def test_scores_that_do_not_fit(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -104,14 +104,14 @@ class TokenPreferenceTrainer(DPOTrainer):
     ) -> None:
         chosen = args if args is not None else TokenPreferenceConfig("token-preference")
         _refuse_dpo_options(chosen)
+        deepspeed: Any = chosen.deepspeed_plugin
+        if deepspeed is not None and deepspeed.zero_stage == 3:
+            raise InputError("deepspeed: ZeRO stage 3 keeps no whole head on any process; use stage 2, or FSDP")
         if isinstance(model, nn.Module) and isinstance(ref_model, nn.Module):
             check_same_vocabulary(model, ref_model)
         if not isinstance(model, str) and isinstance(method, nn.Module):
             setattr(model, METHOD, method)
         super().__init__(model, ref_model, args=chosen, train_dataset=train_dataset, **options)
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if plugin is not None and plugin.zero_stage == 3:
-            raise InputError("deepspeed: ZeRO stage 3 keeps no whole head on any process; use stage 2, or FSDP")
         self.method = method
         if isinstance(method, nn.Module):
             method.requires_grad_(True)  # LoRA freezes all that it finds
