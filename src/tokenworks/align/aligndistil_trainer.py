@@ -33,6 +33,7 @@ from tokenworks.align.aligndistil import (
 )
 from tokenworks.align.dpo import DPO
 from tokenworks.align.frozen import check_frozen, prepare_frozen
+from tokenworks.align.reading import check_sharding
 from tokenworks.align.trainer import TokenPreferenceConfig, TokenPreferenceTrainer
 from tokenworks.align.vocabulary import Head, check_head, vocabulary_terms
 from tokenworks.core.errors import InputError
@@ -101,6 +102,7 @@ class AlignDistilTrainer(DistillationTrainer):
         **options: Any,
     ) -> None:
         settings = args if args is not None else AlignDistilConfig("aligndistil")
+        check_sharding(settings)
         other = _other(settings.mode, reverse_model, ref_model)
         if isinstance(model, PreTrainedModel):
             check_head(model)

@@ -224,3 +224,10 @@ def check_same_vocabulary(policy: nn.Module, reference: nn.Module) -> None:
         raise InputError(
             f"ref_model: it knows {theirs} tokens and the policy {ours}; both must come from the same model"
         )
+
+
+def check_sharding(args: Any) -> None:
+    """Raise `InputError` for training arguments under which no head could be read."""
+    plugin = args.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise InputError("deepspeed: ZeRO stage 3 keeps no whole head on any process; use stage 2, or FSDP")

@@ -32,7 +32,7 @@ from trl.trainer.utils import use_adapter
 from tokenworks.align.contract import check_not_negative, check_positive
 from tokenworks.align.critic import Critic, check_critic, values_of
 from tokenworks.align.frozen import check_frozen, prepare_frozen
-from tokenworks.align.reading import let_read
+from tokenworks.align.reading import check_sharding, let_read
 from tokenworks.align.rto import (
     check_sentence_rewards,
     dense_rewards,
@@ -137,6 +137,7 @@ class RTOTrainer(GRPOTrainer):
         **options: Any,
     ) -> None:
         settings = args if args is not None else RTOConfig("rto")
+        check_sharding(settings)
         for name in ("tools", "rollout_func", "environment_factory"):
             if options.get(name) is not None:
                 raise InputError(

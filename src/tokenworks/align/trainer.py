@@ -32,6 +32,7 @@ from tokenworks.align.contract import Outcome, PreferenceMethod, halves
 from tokenworks.align.reading import (
     Batch,
     check_same_vocabulary,
+    check_sharding,
     join_pairs,
     let_read,
     read_policy,
@@ -104,9 +105,7 @@ class TokenPreferenceTrainer(DPOTrainer):
     ) -> None:
         chosen = args if args is not None else TokenPreferenceConfig("token-preference")
         _refuse_dpo_options(chosen)
-        deepspeed: Any = chosen.deepspeed_plugin
-        if deepspeed is not None and deepspeed.zero_stage == 3:
-            raise InputError("deepspeed: ZeRO stage 3 keeps no whole head on any process; use stage 2, or FSDP")
+        check_sharding(chosen)
         if isinstance(model, nn.Module) and isinstance(ref_model, nn.Module):
             check_same_vocabulary(model, ref_model)
         if not isinstance(model, str) and isinstance(method, nn.Module):
