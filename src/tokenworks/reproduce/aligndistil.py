@@ -43,6 +43,9 @@ JUDGED = {
 }
 """For every seed."""
 
+TEACHER = "teacher itself c=10"
+"""Which writes without any training."""
+
 OTHERS = {
     "adaptive c=2": Setting("aligndistil", 2),
     "adaptive c=15": Setting("aligndistil", 15),
@@ -133,7 +136,7 @@ def _others(study: Study) -> list[Piece]:
     return [
         ("DPO beta=0.01", 0, lambda: study.measure(study.bench.dpo(0, 0.01), 0)),
         *_taught(study, OTHERS, 0),
-        ("teacher itself c=10", 0, lambda: study.decode(0)),
+        (TEACHER, 0, lambda: study.decode(0)),
     ]
 
 
@@ -247,7 +250,7 @@ def _row(name: str, rows: Sequence[Measured]) -> dict[str, Any]:
         "method": name,
         "seeds": len(rows),
         "reward": str(mean_interval(_by_opening(rows, "reward"))),
-        "kl": round(float(_by_opening(rows, "kl").mean()), 3),
+        "kl": "" if name == TEACHER else round(float(_by_opening(rows, "kl").mean()), 3),
         "distinct": round(float(_by_opening(rows, "distinct").mean()), 3),
         "tokens": round(float(_by_opening(rows, "tokens").mean()), 1),
     }
