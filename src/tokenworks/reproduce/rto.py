@@ -73,7 +73,7 @@ class Written:
 
 def run(settings: Run) -> Result:
     """Measure: on the small model in about a minute a seed on one CPU core and at least five seeds, on SmolLM2 in
-    about forty minutes; `quick` leaves that out and takes one minute."""
+    about an hour; `quick` leaves that out and takes one minute."""
     begun = time.perf_counter()
     seeds, rounds, steps = (2, 12, 60) if settings.quick else (max(5, settings.seeds), 40, 400)
     facts = {"rounds": rounds, "texts": TEXTS, "pretraining_steps": steps, "rates": RATES, "beta1": BETA1}
