@@ -68,7 +68,7 @@ Piece = dict[str, Any]
 
 
 def run(settings: Run) -> Result:
-    """Measure, in about twenty minutes a seed on one CPU core; `quick` takes four in all."""
+    """Measure, in about fifteen minutes a seed on one CPU core; `quick` takes four in all."""
     begun = time.perf_counter()
     epochs, count = (0.1, 20) if settings.quick else (EPOCHS, OPENINGS)
     facts = {
