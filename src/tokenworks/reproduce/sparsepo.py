@@ -97,7 +97,7 @@ def run(settings: Run) -> Result:
         model=MODEL,
         settings={**facts, "dead draws": {n: [p["dead draws"] for p in found[n]] for n in LEARNED}},
         table=[row(texts, name, each) | _about_masks(found[name], words) for name, each in seen.items()],
-        series=[frontier(texts, {name: [each] for name, each in seen.items()}, "Reward against divergence")],
+        series=[frontier(texts, {name: [seen[name]] for name in SEEDED}, "Reward against divergence")],
         traces=[piece["trace"] for pieces in found.values() for piece in pieces if piece.get("trace")],
         notes=[
             "Without an L1 term, as the authors do with independent masks; all parts share one learning rate, as "
