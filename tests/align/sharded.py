@@ -37,7 +37,7 @@ def sharded(model: Any, reshard: bool) -> Any:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    found = []
+    found: list[dict[str, float]] = []
     for tied in (False, True):
         policy, reference = (tiny_model("llama", seed, tie_word_embeddings=tied) for seed in (0, 1))
         whole = loss_of(policy, reference, PAIRS)

@@ -56,7 +56,8 @@ class Head:
         """The head, to be used after the model's `forward`, in which this is called, has ended: FSDP then takes a
         whole weight away again, so that there it is copied."""
         head = cls.of(model)
-        if not isinstance(model, FSDPModule):
+        # Beneath an adapter, only the layers show that the whole is sharded.
+        if not any(isinstance(part, FSDPModule) for part in model.modules()):
             return head
         return replace(
             head,
