@@ -10,7 +10,7 @@ import torch
 
 from tests.align.made_up import random_pairs
 from tokenworks.align.dpo import DPO
-from tokenworks.reproduce import cdpo, lessons
+from tokenworks.reproduce import cdpo, hand_checked, lessons
 from tokenworks.reproduce.result import CONFIRMED, REFUTED
 
 CHAINS, TOKENS = 6, 5
@@ -69,6 +69,30 @@ def test_what_training_wins(ours: float, verdict: str) -> None:
     assert table[0] == {
         "method": "untrained", "seeds": 1, "greedy accuracy": "0.500", "of each seed": "0.500",
     }  # fmt: skip
+
+
+def test_marked_answers() -> None:
+    """Each was marked once, is wrong, and the sum that its question asks for would be right."""
+    for question, marked in hand_checked.MARKED:
+        text, place = hand_checked.split(marked)
+        assert marked.count("*") == 1
+        assert marked[place + 1 :] == text[place:]
+        assert not hand_checked.is_right(question, text)
+        who, what, many, more = question
+        assert hand_checked.is_right(question, f" {many} and {more}. {who} has {many + more} {what}.")
+        assert f"{abs(more)} {'more' if more > 0 else 'away'}" in hand_checked.prompt(question)
+
+
+@pytest.mark.parametrize(("best", "verdict"), [("contrastive", CONFIRMED), ("surprise", REFUTED)])
+def test_marked_tokens_are_found_or_not(best: str, verdict: str) -> None:
+    def chain(critical: int) -> dict[str, Any]:
+        rows = {"contrastive": [0.5] * TOKENS, "surprise": [0.5] * TOKENS}
+        rows[best] = [float(place == critical) for place in range(TOKENS)]
+        return {"ids": [1] * TOKENS, "critical": critical, **rows}
+
+    (figure,) = cdpo._marked({"chains": [chain(row % TOKENS) for row in range(10)]})
+    assert (figure.verdict, figure.headline) == (verdict, False)
+    assert cdpo._marked(None) == []
 
 
 def test_shuffled_scores_keep_the_end() -> None:

@@ -27,7 +27,7 @@ import torch
 from tokenworks.align.critical import pass_at_k
 from tokenworks.core.measure import Indices, Interval, auc, bootstrap, mean_interval
 from tokenworks.core.trace import Trace
-from tokenworks.reproduce import Run
+from tokenworks.reproduce import Run, hand_checked
 from tokenworks.reproduce.ledger import Ledger
 from tokenworks.reproduce.lessons import (
     BETA,
@@ -55,7 +55,7 @@ K = 8
 
 
 def run(settings: Run) -> Result:
-    """Measure, in about five minutes and five a seed on one CPU core, and twelve once to train the reasoner;
+    """Measure, in about fifteen minutes and five a seed on one CPU core, and twelve once to train the reasoner;
     `quick` takes three in all, and as long once."""
     begun = time.perf_counter()
     asked, samples, wrong, held = (80, 8, 6, 100) if settings.quick else (400, 16, 24, 1000)
@@ -82,18 +82,20 @@ def run(settings: Run) -> Result:
             settings.progress(seed * (1 + len(METHODS)) + number, total, f"{name}, seed {seed}")
             done = ledger.once(f"{name}/{seed}", partial(lesson.accuracy, name, best[name], test))
             found[name].append(done)
+    marked = None if settings.quick else ledger.once("SmolLM2", hand_checked.demonstrate)
     settings.progress(total, total, "done")
     result = Result(
         slug="cdpo",
         claim="",
-        figures=[*_detection(truth, detected), *_replacement(truth), *_training(found)],
+        figures=[*_detection(truth, detected), *_replacement(truth), *_training(found), *_marked(marked)],
         seeds=list(range(settings.seeds)),
         seconds=time.perf_counter() - begun,
         model=f"a Llama of {reasoner.model.num_parameters() / 1e6:.1f}M weights, chains of sums",
         settings=facts | {"rate of each": best, "data": [piece["data"] for piece in detected]},
         table=_table(base, found),
         series=[_pass_plot(truth)],
-        traces=[_trace(reasoner, truth[row], detected[0], row) for row in range(min(2, len(truth)))],
+        traces=[_trace(reasoner, truth[row], detected[0], row) for row in range(min(2, len(truth)))]
+        + ([] if marked is None else hand_checked.traces(marked)),
         notes=[
             f"The reasoner is right in {np.mean([each['accuracy'] for each in detected]):.0%} of its samples at "
             f"temperature 1 and in {np.mean(base):.0%} of its greedy answers: little is left for training to win.",
@@ -203,6 +205,29 @@ def _training(found: dict[str, list[list[float]]]) -> list[Figure]:
             paper=papers.get(other, ""), headline=other in ("DPO", SHUFFLED),
         )
         for other in METHODS if other != OURS
+    ]  # fmt: skip
+
+
+def _marked(found: Piece | None) -> list[Figure]:
+    """On SmolLM2's own wrong answers: a demonstration, beside the verdict."""
+    if found is None:
+        return []
+    chains = found["chains"]
+
+    def area(name: str, items: Indices) -> float:
+        flags = [place == chains[i]["critical"] for i in items for place in range(len(chains[i]["ids"]))]
+        return auc([value for i in items for value in chains[i][name]], flags)
+
+    def gap(items: Indices) -> float:
+        return area("contrastive", items) - area("surprise", items)
+
+    every = np.arange(len(chains))
+    return [
+        figure(
+            f"SmolLM2: AUC for the marked token of {len(chains)} wrong answers, contrastive less surprise", "area",
+            bootstrap(gap, len(chains)), 0.0, 0.0, ours=area("contrastive", every),
+            baseline=area("surprise", every), baseline_name="surprise",
+        )
     ]  # fmt: skip
 
 
