@@ -122,12 +122,15 @@ def test_explaining_shows_and_keeps_both_sides(folder: Path, tmp_path: Path) -> 
 def test_a_users_mistake_gives_one_line(folder: Path, tmp_path: Path) -> None:
     model, out = str(folder / "model"), str(tmp_path / "out")
     (tmp_path / "odd.yaml").write_text("learning_rat: 3\n")
+    (tmp_path / "twice.yaml").write_text("output_dir: elsewhere\n")
     cases = [
         (["align", "tdpo", "-d", str(folder / "broken.jsonl"), "-o", out, "-m", model], "line 2: broken JSON"),
         (["align", "tdpo", "-d", "none.jsonl", "-o", out, "-m", model], "there is no file none.jsonl"),
         (["align", "tdpo", "-d", "sentiment", "-o", out, "-m", model, "--beta", "0"], "beta: 0.0 is not"),
         (["align", "tdpo", "-d", "sentiment", "-o", out, "-m", model, "--config", str(tmp_path / "odd.yaml")],
-         "learning_rat"),
+         "config: no training argument 'learning_rat'; is it learning_rate?"),
+        (["align", "tdpo", "-d", "sentiment", "-o", out, "-m", model, "--config", str(tmp_path / "twice.yaml")],
+         "output_dir is given by --out"),
         (["align", "explain", "tgdpo", "-p", "a", "--chosen", "b", "--rejected", "c", "-m", model, "--ref-model",
           model], "guide: tgdpo needs it"),
         (["align", "explain", "dpo", "-p", "a", "--chosen", "b", "--rejected", "b", "-m", model, "--ref-model",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,10 +35,17 @@ def training_arguments(kind: type[Arguments], out: Path, settings: dict[str, Any
         "use_cpu": not gpu, "bf16": gpu, "gradient_checkpointing": gpu, "report_to": [], "logging_steps": 1,
         "save_strategy": "steps", "save_steps": 50, "save_total_limit": 2, "disable_tqdm": True,
     }  # fmt: skip
+    if "output_dir" in settings:
+        raise InputError("config: output_dir is given by --out; leave it out")
+    known = [field.name for field in fields(kind) if field.init]  # type: ignore[arg-type]
+    for name in settings:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            raise InputError(f"config: no training argument {name!r}" + (f"; is it {near[0]}?" if near else ""))
     try:
         return kind(output_dir=str(out), **(defaults | settings))  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
-        raise InputError(f"config: {str(error).replace('__init__() got an u', 'U')}") from error
+        raise InputError(f"config: {error}") from error
 
 
 def lora(rank: int) -> PeftConfig | None:
