@@ -11,7 +11,7 @@ import torch
 from tests.align.made_up import random_pairs
 from tokenworks.align.dpo import DPO
 from tokenworks.reproduce import cdpo, hand_checked, lessons
-from tokenworks.reproduce.result import CONFIRMED, REFUTED
+from tokenworks.reproduce.result import CONFIRMED, NOT_CONFIRMED, REFUTED
 
 CHAINS, TOKENS = 6, 5
 
@@ -60,9 +60,12 @@ def test_what_another_token_saves() -> None:
     assert plot["lines"][1]["y"] == [0] * len(cdpo.KS)
 
 
-@pytest.mark.parametrize(("ours", "verdict"), [(1.0, CONFIRMED), (0.0, REFUTED)])
-def test_what_training_wins(ours: float, verdict: str) -> None:
-    found = {name: [[0.0, 1.0] * 30] * 3 for name in lessons.METHODS} | {lessons.OURS: [[ours] * 60] * 3}
+@pytest.mark.parametrize(
+    ("ours", "verdict"), [([1.0, 1.0], CONFIRMED), ([0.0, 0.0], REFUTED), ([0.0, 1.0], NOT_CONFIRMED)]
+)
+def test_what_training_wins(ours: list[float], verdict: str) -> None:
+    """A tie is no win."""
+    found = {name: [[0.0, 1.0] * 30] * 3 for name in lessons.METHODS} | {lessons.OURS: [ours * 30] * 3}
     figures = cdpo._training(found)
     assert {figure.verdict for figure in figures if figure.headline} == {verdict}
     table = cdpo._table([0.0, 1.0], found)

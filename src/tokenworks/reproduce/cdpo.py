@@ -53,6 +53,9 @@ KS = (1, 2, 4, 8, 16, 32, 64)
 K = 8
 """Of pass@k in the figures."""
 
+AHEAD = 1e-9
+"""What a difference has to reach: a tie confirms nothing."""
+
 
 def run(settings: Run) -> Result:
     """Measure, in about fifteen minutes and five a seed on one CPU core, and twelve once to train the reasoner;
@@ -142,7 +145,7 @@ def _detection(truth: list[Piece], detected: list[Piece]) -> list[Figure]:
             gap = bootstrap(partial(_ahead, truth, detected, other, target), len(truth), draws=1000)
             figures.append(
                 figure(
-                    f"AUC for the {said}, contrastive less {other}", "area", gap, 0.0, 0.0, ours=own,
+                    f"AUC for the {said}, contrastive less {other}", "area", gap, AHEAD, 0.0, ours=own,
                     baseline=_areas(truth, detected, other, target, every), baseline_name=other,
                     headline=target == "index",
                 )
@@ -174,7 +177,7 @@ def _replacement(truth: list[Piece]) -> list[Figure]:
         gap = mean_interval(replaced - other)
         figures.append(
             figure(
-                f"pass@{K}, the critical token replaced less {name}", "share", gap, 0.0, 0.0,
+                f"pass@{K}, the critical token replaced less {name}", "share", gap, AHEAD, 0.0,
                 ours=float(replaced.mean()), baseline=float(other.mean()), baseline_name=name, headline=True,
                 paper="another token at the critical place turns hopeless chains into right ones",
             )
@@ -200,7 +203,7 @@ def _training(found: dict[str, list[list[float]]]) -> list[Figure]:
     papers = {"DPO": "67.9% against 59.7% (GSM8K, Llama 3 8B)", "RPO": "67.9% against 67.5%"}
     return [
         figure(
-            f"Greedy accuracy, cDPO less {other}", "share", _difference(found, OURS, other), 0.0, 0.0,
+            f"Greedy accuracy, cDPO less {other}", "share", _difference(found, OURS, other), AHEAD, 0.0,
             ours=float(np.mean(found[OURS])), baseline=float(np.mean(found[other])), baseline_name=other,
             paper=papers.get(other, ""), headline=other in ("DPO", SHUFFLED),
         )
@@ -225,7 +228,7 @@ def _marked(found: Piece | None) -> list[Figure]:
     return [
         figure(
             f"SmolLM2: AUC for the marked token of {len(chains)} wrong answers, contrastive less surprise", "area",
-            bootstrap(gap, len(chains)), 0.0, 0.0, ours=area("contrastive", every),
+            bootstrap(gap, len(chains)), AHEAD, 0.0, ours=area("contrastive", every),
             baseline=area("surprise", every), baseline_name="surprise",
         )
     ]  # fmt: skip
