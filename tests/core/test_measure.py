@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from tokenworks.core import measure
 from tokenworks.core.errors import InputError
 from tokenworks.core.measure import (
+    Indices,
     Interval,
     PairedRuns,
     auc,
     bootstrap,
+    bootstrap_with_seeds,
     machine_facts,
     mean_interval,
     paired,
@@ -152,6 +154,23 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 def test_with_many_items_the_interval_is_the_normal_one() -> None:
     interval = mean_interval([1.0, -1.0] * 200)
     assert (interval.low, interval.high) == pytest.approx((-1.96 / 20, 1.96 / 20), abs=0.008)
+
+
+def test_seeds_are_resampled_with_the_items() -> None:
+    """The estimate takes each once; seeds that differ widen what items alone leave narrow."""
+    values = np.array([[0.0] * 20, [1.0] * 20, [2.0] * 20])
+    calls: list[tuple[int, int]] = []
+
+    def mean(items: Indices, seeds: Indices) -> float:
+        calls.append((len(items), len(seeds)))
+        return float(values[seeds][:, items].mean())
+
+    found = bootstrap_with_seeds(mean, 20, 3, draws=200)
+    assert found.value == 1
+    assert found.low < 0.5 < 1.5 < found.high
+    assert set(calls) == {(20, 3)}
+    alike = bootstrap_with_seeds(lambda items, _: float(items.mean()), 20, 3, draws=200)
+    assert alike == bootstrap(lambda items: float(items.mean()), 20, draws=200)
 
 
 def test_a_lower_level_gives_a_narrower_interval_and_a_seed_repeats_it() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tokenworks.reproduce import rto
-from tokenworks.reproduce.ppo import SMOOTH, TEXTS, curve, shuffle, texts_needed
+from tokenworks.reproduce.ppo import SMOOTH, TEXTS, curve, texts_needed
+from tokenworks.reproduce.preferring import shuffle
 from tokenworks.reproduce.result import CONFIRMED, REFUTED
 from tokenworks.reproduce.rto_sentiment import Found
 

@@ -298,6 +298,30 @@ def _cpu_model() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
+def bootstrap_with_seeds(
+    statistic: Callable[[Indices, Indices], float], n_items: int, n_seeds: int, *, draws: int = DRAWS
+) -> Interval:
+    """`bootstrap` over items and, in the same resample, over the seeds that measured them.
+
+    Args:
+        statistic: takes int64 item numbers [n_items] and seed numbers [n_seeds], repeats allowed; the estimate is
+            of every item and seed once.
+        n_items, draws: see `bootstrap`.
+        n_seeds: at least 1.
+
+    Raises:
+        InputError: see `bootstrap`.
+    """
+    rng, every = np.random.default_rng(0), np.arange(n_items)
+
+    def resampled(items: Indices) -> float:
+        # The first call is the estimate itself.
+        whole = np.array_equal(items, every)
+        return statistic(items, np.arange(n_seeds) if whole else rng.integers(n_seeds, size=n_seeds))
+
+    return bootstrap(resampled, n_items, draws=draws)
+
+
 def _per_item(values: ArrayLike, name: str, length: int | None = None) -> Floats:
     """`values` as float64 [n], n >= 2 and equal to `length` if given, all finite; else an InputError on `name`."""
     try:

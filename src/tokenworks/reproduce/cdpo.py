@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from tokenworks.align.critical import pass_at_k
-from tokenworks.core.measure import Indices, Interval, auc, bootstrap, mean_interval
+from tokenworks.core.measure import Indices, Interval, auc, bootstrap, bootstrap_with_seeds, mean_interval
 from tokenworks.core.trace import Trace
 from tokenworks.reproduce import Run, hand_checked
 from tokenworks.reproduce.ledger import Ledger
@@ -98,7 +98,7 @@ def run(settings: Run) -> Result:
         table=_table(base, found),
         series=[_pass_plot(truth)],
         traces=[_trace(reasoner, truth[row], detected[0], row) for row in range(min(2, len(truth)))]
-        + ([] if marked is None else hand_checked.traces(marked)),
+        + ([] if marked is None else marked["traces"]),
         notes=[
             f"The reasoner is right in {np.mean([each['accuracy'] for each in detected]):.0%} of its samples at "
             f"temperature 1 and in {np.mean(base):.0%} of its greedy answers: little is left for training to win.",
@@ -190,13 +190,7 @@ def _replacement(truth: list[Piece]) -> list[Figure]:
 def _difference(found: dict[str, list[list[float]]], one: str, other: str) -> Interval:
     """Of accuracies, resampling questions and, in the same resample, seeds."""
     gaps = np.array(found[one]) - np.array(found[other])
-    rng, every = np.random.default_rng(0), np.arange(gaps.shape[1])
-
-    def mean(items: Indices) -> float:
-        seeds = np.arange(len(gaps)) if np.array_equal(items, every) else rng.integers(len(gaps), size=len(gaps))
-        return float(gaps[seeds][:, items].mean())
-
-    return bootstrap(mean, gaps.shape[1])
+    return bootstrap_with_seeds(lambda items, seeds: float(gaps[seeds][:, items].mean()), gaps.shape[1], len(gaps))
 
 
 def _training(found: dict[str, list[list[float]]]) -> list[Figure]:

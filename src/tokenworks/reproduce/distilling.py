@@ -19,11 +19,11 @@ from tokenworks.align.aligndistil import (
     distil_trace,
 )
 from tokenworks.align.data import openings
-from tokenworks.align.vocabulary import Head, vocabulary_terms
+from tokenworks.align.vocabulary import CHUNK, Head, vocabulary_terms
 from tokenworks.core.training import fit
 from tokenworks.reproduce.preferring import valences
 from tokenworks.reproduce.sentiment import LEARNING_RATE, PAIRS, Encoded, Sentiment
-from tokenworks.reproduce.writing import Measured, Written, collate_texts, measure, states, write
+from tokenworks.reproduce.writing import Measured, Written, collate_texts, held_out, judge, measure, states, write
 
 BETA0 = 0.1
 
@@ -61,8 +61,7 @@ class Study:
 
     def __init__(self, openings_used: int, steps: int | None) -> None:
         self.bench = Sentiment()
-        every = openings("test")
-        self.prompts = every[:: len(every) // openings_used][:openings_used]
+        self.prompts = held_out(openings_used)
         self.steps = steps or round(len(self.bench.train_pairs) / PAIRS)
         self._epochs = None if steps is None else steps * PAIRS / len(self.bench.train_pairs)
 
@@ -93,7 +92,7 @@ class Study:
             rows = order[step * PAIRS : (step + 1) * PAIRS] or order[:PAIRS]
             if setting.on_policy:
                 prompts = [openings("train")[row] for row in rows]
-                batch = collate_texts(write(self.bench, policy, prompts, 7919 * seed + step))
+                batch = collate_texts(write(self.bench, self.bench.whole(policy), prompts, 7919 * seed + step))
             else:
                 batch = collate_texts([_chosen(pairs[row]) for row in rows])
             with torch.no_grad():
@@ -134,7 +133,7 @@ class Study:
         pad = self.bench.tokenizer.eos_token_id
         processor = AlignDistilLogitsProcessor(dpo, reverse, "aligndistil", 10, BETA0, pad)
         writer = _Writer(self.bench.model, processor)
-        return measure(self.bench, self.bench.reference, self.prompts, seed, writer)
+        return judge(self.bench, writer, self.prompts, seed)[1]
 
     @torch.no_grad()
     def alphas(self, seed: int) -> dict[str, Any]:
@@ -145,10 +144,7 @@ class Study:
             pairs = self.bench.test_pairs[start : start + PAIRS]
             batch = collate_texts([_chosen(each) for each in pairs])
             dpo, other = ((Head.of(model), states(model, batch)) for model in models)
-            teacher = Composed(dpo, other, "aligndistil", 10, BETA0)
-            for place in range(0, len(dpo[1]), 128):
-                teacher(slice(place, place + 128))
-            alphas += [part.tolist() for part in teacher.alpha.split(batch.mask.sum(1).tolist())]
+            alphas += [part.tolist() for part in strengths(dpo, other, 10).split(batch.mask.sum(1).tolist())]
             valued += [[abs(v) > 1 for v in valences(self.bench, e.pair.chosen)] for e in pairs]
         return {"alphas": alphas, "valued": valued}
 
@@ -164,6 +160,14 @@ class Study:
         return [trace.to_dict()]
 
 
+def strengths(dpo: tuple[Head, Tensor], other: tuple[Head, Tensor], strength: float) -> Tensor:
+    """alpha [N] of the adaptive teacher at all of N tokens."""
+    teacher = Composed(dpo, other, "aligndistil", strength, BETA0)
+    for start in range(0, len(dpo[1]), CHUNK):
+        teacher(slice(start, start + CHUNK))
+    return teacher.alpha
+
+
 def _chosen(pair: Encoded) -> Written:
     return Written(pair.pair.prompt, pair.pair.chosen, pair.trunk[0])
 
@@ -175,11 +179,8 @@ class Shuffled:
         self, dpo: tuple[Head, Tensor], other: tuple[Head, Tensor], strength: float, mask: Tensor, seed: int
     ) -> None:
         self._models = (dpo, other)
-        plain = Composed(dpo, other, "aligndistil", strength, BETA0)
-        for start in range(0, len(dpo[1]), 128):
-            plain(slice(start, start + 128))
         generator = torch.Generator().manual_seed(seed)
-        parts = plain.alpha.split(mask.sum(1).tolist())
+        parts = strengths(dpo, other, strength).split(mask.sum(1).tolist())
         self.alpha = torch.cat([part[torch.randperm(len(part), generator=generator)] for part in parts])
         self.beta = BETA0 / self.alpha
 

@@ -10,17 +10,15 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenworks.align.rollouts import sample_continuations
-from tokenworks.align.scores import contrastive_scores, response_states
+from tokenworks.align.scores import contrastive_scores, token_log_probs
 from tokenworks.align.vocabulary import Head, vocabulary_terms
-from tokenworks.core.models import load
 from tokenworks.core.sampling import Sampling
 from tokenworks.core.trace import Trace
 from tokenworks.core.training import fit
-from tokenworks.reproduce.sentiment import MODEL, PAIRS, Sentiment
+from tokenworks.reproduce.sentiment import PAIRS, Sentiment
 from tokenworks.reproduce.writing import Written, collate_texts, states
 
 SHOTS = (
@@ -73,7 +71,8 @@ def split(text: str) -> tuple[str, int]:
 
 
 def demonstrate() -> dict[str, Any]:
-    """Per marked answer its "ids", the "critical" place, and of each token "contrastive" and "surprise"."""
+    """Under "chains" of each marked answer its "ids", the "critical" place, and of each token "contrastive" and
+    "surprise"; under "traces" two of them to look at."""
     bench = Sentiment()
     tokenizer = bench.tokenizer
     right, wrong = _answers(bench)
@@ -85,28 +84,22 @@ def demonstrate() -> dict[str, Any]:
         read = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         ids: list[int] = read["input_ids"]
         begin: list[int] = tokenizer(prompt(question))["input_ids"]
-        with torch.no_grad():
-            terms = vocabulary_terms(
-                Head.of(bench.model), response_states(bench.model, begin, ids), torch.tensor(ids)
-            )
+        surprise = (-token_log_probs(bench.model, begin, ids)).tolist()
         found["chains"].append(
             {"ids": ids, "critical": [start for start, _ in read["offset_mapping"]].index(place),
-             "contrastive": [1 - s for s in score(begin, ids)], "surprise": (-terms.log_p).tolist(),
+             "contrastive": [1 - s for s in score(begin, ids)], "surprise": surprise,
              "question": prompt(question)}
         )  # fmt: skip
+    found["traces"] = [_trace(chain, tokenizer) for chain in found["chains"][:2]]
     return found
 
 
-def traces(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The first two marked answers."""
-    made, tokenizer = [], load(MODEL).tokenizer
-    for chain in found["chains"][:2]:
-        trace = Trace.from_ids(chain["ids"], tokenizer)
-        trace.add("weight", chain["contrastive"], "1 - s, of the rejected token in cDPO", 0, 1)
-        trace.add("surprise", chain["surprise"], "-log p of SmolLM2, in nats")
-        trace.meta |= {"title": f"SmolLM2 to: {chain['question']}", "critical": chain["critical"]}
-        made.append(trace.to_dict())
-    return made
+def _trace(chain: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    trace = Trace.from_ids(chain["ids"], tokenizer)
+    trace.add("weight", chain["contrastive"], "1 - s, of the rejected token in cDPO", 0, 1)
+    trace.add("surprise", chain["surprise"], "-log p of SmolLM2, in nats")
+    trace.meta |= {"title": f"SmolLM2 to: {chain['question']}", "critical": chain["critical"]}
+    return trace.to_dict()
 
 
 def _answers(bench: Sentiment) -> tuple[list[Written], list[Written]]:

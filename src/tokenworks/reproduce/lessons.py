@@ -1,8 +1,10 @@
 """What cDPO's reproduction trains and asks: wrong chains and where they were lost, and policies of each loss.
 
-truth = wrong_chains(reasoner, 24)               # with the critical tokens that rollouts define
-lesson = Lesson(reasoner, 400, 16, seed=0)       # a seed's samples, pairs and models
-lesson.accuracy("DPO", 3e-5, questions("test", 1000))
+Questions, chains and the checker are those of `reproduce.reasoner`.
+
+    truth = wrong_chains(reasoner, 24)               # with the critical tokens that rollouts define
+    lesson = Lesson(reasoner, 400, 16, seed=0)       # a seed's samples, pairs and models
+    lesson.accuracy("DPO", 3e-5, questions("test", 1000))
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from tokenworks.reproduce.result import line
 BETA1, CLIP, BETA2 = 0.05, 0.05, 0.01
 """The authors' scale of the DPO model's log-ratios, their clamp, and the penalty."""
 
-
 TEXTS = 32
 """Written in a round, before one pass over them in two minibatches."""
 
@@ -90,15 +89,6 @@ class Learner:
                 optimizer.step()
 
 
-def shuffle(values: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Each row's tokens permuted among themselves: float [B, T]."""
-    found = values.clone()
-    for row, own in enumerate(mask):
-        kept = values[row, own]
-        found[row, own] = kept[torch.randperm(len(kept), generator=generator)]
-    return found
-
-
 # --- what was earned ------------------------------------------------------------------------------------------
 
 
@@ -112,6 +102,12 @@ def texts_needed(rewards: Sequence[float], level: float) -> float:
     it as reached at the end would let no way be slower than PPO."""
     above = np.flatnonzero(smoothed(rewards) >= level)
     return float((above[0] + SMOOTH if len(above) else 2 * len(rewards)) * TEXTS)
+
+
+def needed_for_ppo(found: Mapping[str, Sequence[dict[str, Any]]], way: str) -> NDArray[np.float64]:
+    """Of each seed, how many texts a way needed to earn what PPO earned in the end."""
+    levels = [float(smoothed(each["rewards"])[-1]) for each in found["PPO"]]
+    return np.array([texts_needed(e["rewards"], level) for e, level in zip(found[way], levels, strict=True)])
 
 
 def curve(found: Mapping[str, Sequence[dict[str, Any]]], title: str, unit: str) -> dict[str, Any]:

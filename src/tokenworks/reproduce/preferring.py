@@ -169,6 +169,15 @@ class Remembered:
         return scores
 
 
+def shuffle(values: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Each row's tokens permuted among themselves: float [B, T]."""
+    found = values.clone()
+    for row, own in enumerate(mask):
+        kept = values[row, own]
+        found[row, own] = kept[torch.randperm(len(kept), generator=generator)]
+    return found
+
+
 def by_response(batch: Batch, values: Tensor) -> list[list[float]]:
     """Of [2B, S - 1] what belongs to each response's tokens."""
     return [row[inside].tolist() for row, inside in zip(values, batch.mask, strict=True)]

@@ -37,10 +37,9 @@ from tokenworks.reproduce.ppo import (
     Learner,
     Round,
     curve,
-    shuffle,
-    smoothed,
-    texts_needed,
+    needed_for_ppo,
 )
+from tokenworks.reproduce.preferring import shuffle
 from tokenworks.reproduce.result import Figure, Result, exact, figure
 
 NOUNS = ("room", "film", "train", "soup", "song", "road", "hotel", "coat", "boat", "game")
@@ -117,8 +116,8 @@ def _on_smollm2(settings: Run, ledger: Ledger) -> dict[str, list[dict[str, Any]]
         return {}
     study = rto_sentiment.Study(25)
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in rto_sentiment.WAYS}
-    total = 3 * len(found)
-    for seed in range(3):
+    total = rto_sentiment.SEEDS * len(found)
+    for seed in range(rto_sentiment.SEEDS):
         for number, way in enumerate(found):
             settings.progress(seed * len(found) + number, total, f"SmolLM2, {way}, seed {seed}")
             work = partial(study.learn, way, seed, rto_sentiment.ROUNDS)
@@ -294,11 +293,7 @@ def _others(reference: PreTrainedModel, dpo: PreTrainedModel, seed: int) -> dict
 
 
 def _figures(found: dict[str, list[dict[str, Any]]]) -> list[Figure]:
-    levels = [float(smoothed(each["rewards"])[-1]) for each in found["PPO"]]
-    needed = {
-        way: np.array([texts_needed(e["rewards"], level) for e, level in zip(found[way], levels, strict=True)])
-        for way in WAYS[:3]
-    }
+    needed = {way: needed_for_ppo(found, way) for way in WAYS[:3]}
 
     def times(theirs: str) -> Interval:
         ratios = needed[theirs] / needed["RTO"]

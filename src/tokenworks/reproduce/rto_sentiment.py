@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 from tokenworks.align.data import openings
 from tokenworks.align.vocabulary import Head, vocabulary_terms
 from tokenworks.core.measure import bootstrap, mean_interval
-from tokenworks.reproduce.ppo import TEXTS, Learner, Round, curve, smoothed, texts_needed
+from tokenworks.reproduce.ppo import TEXTS, Learner, Round, curve, needed_for_ppo
 from tokenworks.reproduce.result import Figure, figure
 from tokenworks.reproduce.sentiment import Sentiment
 from tokenworks.reproduce.weighing import HeldOut
-from tokenworks.reproduce.writing import Written, collate_texts, measure, states, write
+from tokenworks.reproduce.writing import Written, collate_texts, held_out, measure, states, write
 
 WAYS = ("PPO", "RTO")
-ROUNDS = 60
+ROUNDS, SEEDS = 60, 3
 
 RATES = (5e-5, 1e-3)
 """Learning rates of policy and critic. The policy's was chosen of three for PPO alone, on a seed that is not
@@ -39,8 +39,7 @@ class Study:
         self.bench = Sentiment()
         held = HeldOut(self.bench, 50)
         self.mean, self.deviation = float(held.rewards.mean()), float(held.rewards.std())
-        every = openings("test")
-        self.prompts = every[:: len(every) // used][:used]
+        self.prompts = held_out(used)
 
     def learn(self, way: str, seed: int, rounds: int, rate: float = RATES[0]) -> dict[str, Any]:
         """PPO or RTO: "rewards" by round, and of the held-out openings what `writing.measure` finds."""
@@ -53,7 +52,7 @@ class Study:
         earned = []
         for number in range(rounds):
             prompts = random.Random(1000 * seed + number).sample(openings("train"), TEXTS)
-            texts = write(bench, policy, prompts, 7919 * seed + number)
+            texts = write(bench, bench.whole(policy), prompts, 7919 * seed + number)
             rewards = torch.tensor([bench.reward(bench.text(text.response)) for text in texts])
             earned.append(float(rewards.mean()))
             mask = pad_sequence([torch.ones(len(text.response), dtype=torch.bool) for text in texts], True)
@@ -91,15 +90,10 @@ class Found:
         """Beside the verdict, not of it."""
         if not self.runs:
             return []
-        ppo, rto = (self.runs[way] for way in WAYS)
-        levels = [float(smoothed(each["rewards"])[-1]) for each in ppo]
-        needed = [
-            np.array([texts_needed(each["rewards"], level) for each, level in zip(runs, levels, strict=True)])
-            for runs in (ppo, rto)
-        ]
+        needed = [needed_for_ppo(self.runs, way) for way in WAYS]
         ratios = needed[0] / needed[1]
         faster = bootstrap(lambda items: float(np.median(ratios[items])), len(ratios))
-        earned = [np.mean([each["reward"] for each in runs], 0) for runs in (ppo, rto)]
+        earned = [np.mean([each["reward"] for each in runs], 0) for runs in (self.runs[way] for way in WAYS)]
         gain = mean_interval(earned[1] - earned[0])
         return [
             figure("SmolLM2: texts until PPO's final reward, PPO's by RTO's: median over seeds", "ratio", faster,

@@ -36,6 +36,7 @@ from tokenworks.reproduce.preferring import (
     frontier,
     matched_divergence,
     row,
+    shuffle,
     trace,
     valences,
     word_auc,
@@ -141,12 +142,8 @@ class _Measuring:
                 self._learned[seed] = method
             masks = self._masks(method, score)
             found["mask"] = masks[0]
-            moved, size = 0.0, 0.0
-            for before, after in zip(begun, masks, strict=True):
-                for one, other in zip(before, after, strict=True):
-                    moved += sum(abs(a - b) for a, b in zip(one, other, strict=True))
-                    size += sum(one)
-            found["moved"] = moved / size if size else 0.0
+            if name in LEARNED:
+                found["moved"] = _moved(begun, masks)
             if name == INDEPENDENT and seed == 0:
                 pair = self.texts.pairs[SHOWN]
                 found["trace"] = trace(self.bench, policy, method, pair, "SparsePO after training")
@@ -200,12 +197,17 @@ class Permuted(SparsePO):
         self._random = torch.Generator().manual_seed(seed)
 
     def masks(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        m_u, m_d = (mask.clone() for mask in self.learned.masks(pairs))
-        for place, inside in enumerate(pairs.mask):
-            for mask in (m_u, m_d):
-                own = mask[place, inside]
-                mask[place, inside] = own[torch.randperm(len(own), generator=self._random)]
+        both = torch.stack(self.learned.masks(pairs), 1)  # [2B, 2, T]
+        rows = shuffle(both.flatten(0, 1), pairs.mask.repeat_interleave(2, 0), self._random)
+        m_u, m_d = rows.view(both.shape).unbind(1)
         return m_u, m_d
+
+
+def _moved(before: list[list[list[float]]], after: list[list[list[float]]]) -> float:
+    """How much both masks have changed, by their size at the beginning."""
+    ours, theirs = (np.array([n for mask in both for row in mask for n in row]) for both in (before, after))
+    size = ours.sum()
+    return float(np.abs(ours - theirs).sum() / size) if size else 0.0
 
 
 def _alive(masks: list[list[float]]) -> bool:
@@ -235,10 +237,11 @@ def _about_masks(pieces: list[Piece], words: list[list[bool]]) -> dict[str, Any]
     if not masks:
         return {"mean mask": "", "zeros": "", "moved": "", "AUC of words": ""}
     flat = [number for mask in masks for number in mask]
+    moved = [piece["moved"] for piece in pieces if "moved" in piece]
     return {
         "mean mask": f"{sum(flat) / len(flat):.3f}",
         "zeros": f"{sum(number == 0 for number in flat) / len(flat):.1%}",
-        "moved": f"{sum(piece['moved'] for piece in pieces) / len(pieces):.1%}",
+        "moved": f"{sum(moved) / len(moved):.1%}" if moved else "",
         "AUC of words": str(word_auc(masks, words)),
     }
 

@@ -28,7 +28,7 @@ from tokenworks.align.data import SENTENCE_ENDS, SentimentPair, continue_texts, 
 from tokenworks.align.reading import Batch
 from tokenworks.align.vocabulary import Head
 from tokenworks.core.files import atomic_write, cache_folder
-from tokenworks.core.measure import Indices, Interval, bootstrap
+from tokenworks.core.measure import Indices, Interval, bootstrap_with_seeds
 from tokenworks.core.training import Progress, quiet
 from tokenworks.reproduce.sentiment import NEW_TOKENS, PAIRS, SAMPLES, Encoded, Sentiment
 
@@ -181,17 +181,9 @@ class HeldOut:
             len(ours),
         )
 
-    def over(self, statistic: Callable[[Indices, Indices], float], seeds: int, draws: int = 1000) -> Interval:
+    def over(self, statistic: Callable[[Indices, Indices], float], seeds: int) -> Interval:
         """Bootstrap over openings and, in the same resample, over seeds."""
-        rng = np.random.default_rng(0)
-        first = np.arange(seeds)
-
-        def resampled(items: Indices) -> float:
-            # The first call is the estimate itself, on every item once.
-            every = np.array_equal(items, np.arange(len(self.prompts)))
-            return statistic(items, first if every else rng.integers(seeds, size=seeds))
-
-        return bootstrap(resampled, len(self.prompts), draws=draws)
+        return bootstrap_with_seeds(statistic, len(self.prompts), seeds, draws=1000)
 
     def win_rate(self, ours: Sequence[Seen], theirs: Sequence[Seen]) -> Interval:
         """How often our text has a higher reward than theirs to the same opening; ties count half."""

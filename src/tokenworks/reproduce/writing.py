@@ -1,8 +1,10 @@
 """Texts that a policy of the preference harness (`reproduce.sentiment`) writes itself, and what they earn.
 
-written = write(bench, policy, prompts, seed)
-batch = collate_texts(written)                # for the last layers
-measure(bench, policy, prompts, seed)         # reward, divergence, ... by opening
+A text is sampled at temperature 1 and has at most `NEW_TOKENS` tokens.
+
+    written = write(bench, bench.whole(policy), prompts, seed)
+    batch = collate_texts(written)                # for the last layers
+    measure(bench, policy, prompts, seed)         # reward, divergence, ... by opening
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tokenworks.align.data import continue_texts
+from tokenworks.align.data import continue_texts, openings
 from tokenworks.align.reading import Batch
 from tokenworks.align.vocabulary import Head, vocabulary_terms
 from tokenworks.reproduce.sentiment import NEW_TOKENS, PAIRS, SAMPLES, Sentiment
@@ -33,15 +35,14 @@ class Written(NamedTuple):
     trunk: Tensor
 
 
-def write(
-    bench: Sentiment, policy: PreTrainedModel, prompts: Sequence[str], seed: int, writer: Any = None
-) -> list[Written]:
-    """A text by `policy` for each opening.
+def held_out(count: int) -> list[str]:
+    """So many of the held-out openings, from all over their list."""
+    every = openings("test")
+    return every[:: len(every) // count][:count]
 
-    Args:
-        writer: what generates, if not the policy.
-    """
-    writer = bench.whole(policy) if writer is None else writer
+
+def write(bench: Sentiment, writer: Any, prompts: Sequence[str], seed: int) -> list[Written]:
+    """A text for each opening by `writer`, a whole model (`bench.whole`) or what generates like one."""
     texts = continue_texts(writer, bench.tokenizer, prompts, NEW_TOKENS, seed, batch=len(prompts))
     begins = [list(bench.tokenizer(prompt)["input_ids"]) for prompt in prompts]
     trunks = bench.trunks([begin + ids for begin, ids in zip(begins, texts, strict=True)])
@@ -70,24 +71,27 @@ def states(model: PreTrainedModel, batch: Batch) -> Tensor:
     return found
 
 
-def measure(
-    bench: Sentiment, policy: PreTrainedModel, prompts: Sequence[str], seed: int, writer: Any = None
-) -> Measured:
-    """Of `SAMPLES` texts for each opening: mean reward, KL(policy || reference) summed over a text, different
-    pairs of words by all, and length. With another `writer` the divergence is still that of `policy`."""
-    written = write(bench, policy, list(prompts) * SAMPLES, 100 * seed, writer)
+def measure(bench: Sentiment, policy: PreTrainedModel, prompts: Sequence[str], seed: int) -> Measured:
+    """`judge` of what a policy writes, and "kl", KL(policy || reference) summed over a text."""
+    written, found = judge(bench, bench.whole(policy), prompts, seed)
     parts = (written[start : start + PAIRS] for start in range(0, len(written), PAIRS))
     kl = [number for part in parts for number in divergences(bench, policy, part)]
-    found: Measured = {name: [] for name in ("reward", "kl", "distinct", "tokens")}
+    return found | {"kl": [float(np.mean(kl[place :: len(prompts)])) for place in range(len(prompts))]}
+
+
+def judge(bench: Sentiment, writer: Any, prompts: Sequence[str], seed: int) -> tuple[list[Written], Measured]:
+    """`SAMPLES` texts for each opening, and of these "reward", the mean; "distinct", different pairs of words by
+    all; and "tokens", their length."""
+    written = write(bench, writer, list(prompts) * SAMPLES, 100 * seed)
+    found: Measured = {name: [] for name in ("reward", "distinct", "tokens")}
     for place in range(len(prompts)):
-        rows = range(place, len(written), len(prompts))
-        texts = [bench.text(written[row].response) for row in rows]
+        own = written[place :: len(prompts)]
+        texts = [bench.text(each.response) for each in own]
         grams = [pair for text in texts for pair in pairwise(text.split())]
         found["reward"].append(float(np.mean([bench.reward(text) for text in texts])))
-        found["kl"].append(float(np.mean([kl[row] for row in rows])))
         found["distinct"].append(len(set(grams)) / max(1, len(grams)))
-        found["tokens"].append(float(np.mean([len(written[row].response) for row in rows])))
-    return found
+        found["tokens"].append(float(np.mean([len(each.response) for each in own])))
+    return written, found
 
 
 @torch.no_grad()
